@@ -1,0 +1,1000 @@
+"""Does a language model plan ahead?  A GPT, and a backward pass that forbids it to.
+
+A transformer runs the same parameters once per position. Write its gradient as a table: row i is
+whose loss, column j at which position the parameters did the work.
+
+                        work done at position j
+                          0    1    2    3
+      loss at       0     #    .    .    .      #  a position learns its own job
+      position i    1     +    #    .    .      +  a position learns to help a later one
+                    2     +    +    #    .      .  nothing: the past never sees the future
+                    3     +    +    +    #
+
+Ordinary ("vanilla") training adds up # and +, myopic training only #. The forward pass is the same.
+    pre-caching  = features that exist only because of the +
+    breadcrumbs  = features that are useful later, but that # alone would have made
+    myopia gap   = loss(myopic) - loss(vanilla): what the + were worth
+Positions talk only through attention's keys and values, so the difference is in the backward pass
+of one sublayer: MyopicAttention, below. After Wu, Morris, Levine (2024), arXiv 2404.00859.
+
+    python myopic_gpt.py                        # five arms on the English that ships with Python
+    python myopic_gpt.py --data book.txt --tokens word --out_dir out/book
+    python myopic_gpt.py --init_from ckpt.pt --data data/ --arms vanilla myopic --learning_rate 1e-4
+    python myopic_gpt.py --sample "The "        # write text with the trained vanilla model
+
+Letters in shapes: B batch, T positions, C = n_embd channels, nh heads of size hs = C/nh, V tokens.
+The gradient of the loss with respect to X is called dX and has X's shape.
+"""
+import argparse
+import ast
+import collections
+import functools
+import hashlib
+import json
+import math
+import platform
+import re
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich import console, table
+from tqdm import tqdm
+
+# ------------------------ configuration
+# An arm of a comparison is three fields; everything else, weights and batches included, is shared.
+#   horizon  None: gradients travel freely. h: at most h positions along each attention edge
+#   cut      whose are W_K, W_V? "hidden": the reading position's (the paper); "kv": the writing's
+#   past     keys and values of the past: its "own", a "frozen" trained vanilla model's, or "zero"
+ARMS = {
+    "vanilla":      dict(horizon=None, cut="hidden", past="own"),
+    "myopic":       dict(horizon=0, cut="hidden", past="own"),
+    "myopic_kv":    dict(horizon=0, cut="kv", past="own"),
+    "local_myopic": dict(horizon=0, cut="hidden", past="frozen"),
+    "bigram":       dict(horizon=0, cut="hidden", past="zero"),
+}
+
+
+class Refusal(ValueError):
+    """Bad input. The message names the value and the mend; main() prints it and exits with 2."""
+
+
+@dataclass
+class GPTConfig:
+    """nanoGPT's seven fields and the arm's three: see ARMS.
+
+    A horizon h > 0 is neither gradient of the definition but a road between the two: over n_layer
+    layers a gradient may travel n_layer * h positions. h >= T - 1 is the same as None.
+    """
+    block_size: int = 64
+    vocab_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    bias: bool = True
+    horizon: int | None = None
+    cut: str = "hidden"
+    past: str = "own"
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise Refusal(f"{name} is {getattr(self, name)}: make it at least 1")
+        for name, good, mend in (
+                ("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head, {self.n_head}"),
+                ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
+                ("horizon", self.horizon is None or self.horizon >= 0, "None, 0 or more"),
+                ("cut", self.cut in ("hidden", "kv"), "'hidden' or 'kv'"),
+                ("past", self.past in ("own", "frozen", "zero"), "'own', 'frozen' or 'zero'")):
+            if not good:
+                raise Refusal(f"{name} is {getattr(self, name)!r}: make it {mend}")
+
+
+# ------------------------ two primitives
+# All that the backward pass needs from attention: here as plain matrix products, to be read. After
+# the model stand their fused twins, which never build the (T, T) matrix.
+
+def plain_forward(q, k, v):
+    """S = s q k^T, P = softmax_causal(S), out = P v; lse_i = log sum_{j<=i} exp S_ij.
+
+    q, k, v (B, nh, T, hs) -> out (B, nh, T, hs), lse (B, nh, T), float32 at least; s = 1/sqrt(hs).
+    """
+    S = (q @ k.transpose(-2, -1)).to(row_dtype(q)) / math.sqrt(q.size(-1))      # (B, nh, T, T)
+    S = S.masked_fill(torch.ones_like(S[0, 0], dtype=torch.bool).triu(1), -math.inf)
+    lse = S.logsumexp(-1)                                                       # (B, nh, T)
+    return (S - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def plain_backward(dout, q, k, v, out, lse):
+    """dS_ij = P_ij (G_i.v_j - G_i.out_i), G = dout; then dq = s dS k, dk = s dS^T q, dv = P^T G.
+
+    All (B, nh, T, hs) but lse (B, nh, T) -> dq, dk, dv.
+    """
+    s = 1 / math.sqrt(q.size(-1))
+    S = s * (q @ k.transpose(-2, -1)).to(lse.dtype)                             # (B, nh, T, T)
+    P = (S - lse[..., None]).exp().tril()                                       # (B, nh, T, T)
+    dS = P * (dout @ v.transpose(-2, -1) - rowdot(dout, out)[..., None])        # (B, nh, T, T)
+    P, dS = P.to(q.dtype), (s * dS).to(q.dtype)
+    return dS @ k, dS.transpose(-2, -1) @ q, P.transpose(-2, -1) @ dout
+
+
+def row_dtype(t):
+    """Sums over a row are kept in float32 where the tensor itself is in half precision."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def rowdot(a, b):
+    """a_i . b_i for every row: (B, nh, T, hs) twice -> (B, nh, T), in float32 at least."""
+    return (a.to(row_dtype(a)) * b).sum(-1)
+
+
+def split_heads(qkv, n_head):
+    """(B, T, 3C) -> q, k, v, each (B, nh, T, hs): views, nothing is copied."""
+    return qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(*heads):
+    """n tensors (B, nh, T, hs) -> (B, T, nC): the inverse of split_heads."""
+    return torch.cat([t.transpose(1, 2).flatten(2) for t in heads], dim=-1)
+
+
+# ------------------------ the myopic backward
+def write_heard(dk, dv, dout, q, k, v, out, lse, horizon):
+    """Overwrite dk, dv with what x_j hears: the sums over its readers i with 0 <= i - j <= horizon.
+
+        P_ij = exp(s q_i.k_j - lse_i)         dS_ij = P_ij (G_i.v_j - G_i.out_i)        G = dout
+        dk^h_j = s sum_i dS_ij q_i            dv^h_j = sum_i P_ij G_i
+
+    One shifted diagonal per lag i - j and no (T, T) matrix: horizon 0 is a few sweeps over q.
+    All (B, nh, T, hs) but lse (B, nh, T). Source: the gradient of softmax, a diagonal at a time.
+    """
+    T, s = q.size(2), 1 / math.sqrt(q.size(-1))
+    G_out = rowdot(dout, out)                                                   # (B, nh, T)
+    dk.zero_(), dv.zero_()
+    for lag in range(min(horizon, T - 1) + 1):
+        i, j = slice(lag, T), slice(0, T - lag)             # reader i = j + lag
+        q_i, G_i, k_j, v_j = q[:, :, i], dout[:, :, i], k[:, :, j], v[:, :, j]
+        P = (s * rowdot(q_i, k_j) - lse[:, :, i]).exp()                         # (B, nh, T - lag)
+        dS = P * (rowdot(G_i, v_j) - G_out[:, :, i])                            # (B, nh, T - lag)
+        dk[:, :, j].addcmul_((s * dS).to(q.dtype)[..., None], q_i)
+        dv[:, :, j].addcmul_(P.to(q.dtype)[..., None], G_i)
+
+
+class MyopicAttention(torch.autograd.Function):
+    """Causal self-attention whose past cannot hear the future; the backward pass is by hand."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, n_head, horizon, cut, fused):
+        qkv = F.linear(x, w, b)                                                 # (B, T, 3C)
+        q, k, v = split_heads(qkv, n_head)                                      # (B, nh, T, hs)
+        out, lse = (fused_forward if fused else plain_forward)(q, k, v)
+        ctx.save_for_backward(x, w, qkv, out, lse)
+        ctx.n_head, ctx.horizon, ctx.cut, ctx.fused = n_head, horizon, cut, fused
+        return merge_heads(out)                                                 # (B, T, C)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():     # create_graph; once_differentiable would let y.sum() pass
+            raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
+        x, w, qkv, out, lse = ctx.saved_tensors
+        q, k, v = split_heads(qkv, ctx.n_head)                                  # (B, nh, T, hs)
+        G = dy.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2)                  # (B, nh, T, hs)
+
+        def weight_gradient():
+            return dqkv.flatten(0, 1).T @ x.flatten(0, 1), dqkv.sum((0, 1))     # (3C, C), (3C,)
+
+        # every position asks its own question, q_j; k_j and v_j hear all the readers of j
+        dqkv = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
+            G, q, k, v, out, lse))                                              # (B, T, 3C)
+        # W_K and W_V, if they are the reader's, learn from all of it
+        if ctx.cut == "hidden":
+            dw, db = weight_gradient()
+        # the stop-gradient: a past state x_j hears no loss beyond the horizon
+        if ctx.horizon is not None:
+            _, dk, dv = split_heads(dqkv, ctx.n_head)                           # views into dqkv
+            write_heard(dk, dv, G, q, k, v, out, lse[..., :x.size(1)], ctx.horizon)
+        # W_K and W_V, if they are the writer's, learn only what x_j hears
+        if ctx.cut == "kv":
+            dw, db = weight_gradient()
+        return dqkv @ w, dw, db if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
+    """Causal multi-head self-attention, up to its out-projection, with a myopic backward pass.
+
+    x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
+    horizon, cut: see ARMS, GPTConfig. Obeys autocast. Raises Refusal for a bad value,
+    RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3.
+    """
+    GPTConfig(n_head=n_head, n_embd=x.size(-1), horizon=horizon, cut=cut)       # refuses bad values
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
+        x, w_qkv, b_qkv = (None if t is None else t.to(low) for t in (x, w_qkv, b_qkv))
+    fused = fused_serves(kind, x.dtype, x.size(-1) // n_head)
+    return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut, fused)
+
+
+# ------------------------ the model
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, past=None):
+        """x (B, T, C) -> (B, T, C); past (B, T, C), if past='frozen': the states to attend to."""
+        c, w, b = self.config, self.c_attn.weight, self.c_attn.bias
+        if c.past == "own":
+            y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)           # (B, T, C)
+        else:
+            q, k, v = split_heads(F.linear(x, w, b), c.n_head)                  # (B, nh, T, hs)
+            k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
+            if c.past == "frozen":
+                _, k_past, v_past = split_heads(F.linear(past, w, b), c.n_head)
+            y = merge_heads(two_stream_attention(q, k, v, k_past, v_past))      # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))                # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
+        return x + self.mlp(self.ln_2(x))                                       # (B, T, C)
+
+
+class GPT(nn.Module):
+    """GPT-2 with nanoGPT's parameter names and shapes. past='frozen' needs teach() before use."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        for name, p in self.named_parameters():     # as GPT-2: residual writers start smaller
+            if p.dim() == 2:
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / shrink)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def teach(self, teacher):
+        """Attend to this trained model's past; it is neither trained nor saved with the pupil."""
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))   # no submodule
+
+    def hidden_states(self, idx):
+        """idx (B, T) -> n_layer + 1 tensors (B, T, C): 0 the embedding, l that after block l."""
+        t, c, T = self.transformer, self.config, idx.size(1)
+        if T > c.block_size:
+            raise Refusal(f"{T} positions do not fit block_size {c.block_size}: raise it or cut")
+        pasts = [None] * c.n_layer
+        if c.past == "frozen":
+            with torch.no_grad():                   # the input of each attention in the teacher
+                pasts = [block.ln_1(x) for block, x in zip(self.teacher.transformer.h,
+                                                           self.teacher.hidden_states(idx))]
+        states = [t.drop(t.wte(idx) + t.wpe.weight[:T])]                        # (B, T, C)
+        for block, past in zip(t.h, pasts):
+            states.append(block(states[-1], past))                              # (B, T, C)
+        return states
+
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) -> logits (B, T, V), mean loss in nats or None; -1: no target."""
+        logits = self.lm_head(self.transformer.ln_f(self.hidden_states(idx)[-1]))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas=(0.9, 0.95),
+                             device_type="cpu"):
+        """AdamW; matrices and embeddings decay, biases and norms do not."""
+        groups = [dict(params=[p for p in self.parameters() if (p.dim() > 1) == decays],
+                       weight_decay=weight_decay * decays) for decays in (True, False)]
+        return torch.optim.AdamW(groups, learning_rate, betas, fused=device_type in ("cpu", "cuda"))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) -> (B, T + max_new_tokens), sampled; the model sees the last block_size."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1] / temperature     # (B, V)
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]             # (B, 1)
+                logits = logits.masked_fill(logits < least, -math.inf)
+            idx = torch.cat([idx, logits.softmax(-1).multinomial(1)], dim=1)            # (B, T + 1)
+        return idx
+
+
+# ------------------------ attention, continued: two streams, and the fused primitives
+def two_stream_attention(q, k, v, k_past, v_past):
+    """Attention that sees its own key and value at itself, and another stream's in the past.
+
+        A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
+        Y = A v_past + diag(A) (v - v_past)
+
+    All (B, nh, T, hs) -> (B, nh, T, hs); for arms that differ in the forward pass.
+    """
+    S = (q @ k_past.transpose(-2, -1)).diagonal_scatter((q * k).sum(-1), 0, -2, -1)
+    future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)                 # (T, T)
+    A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)  # (B, nh, T, T)
+    return A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past)         # (B, nh, T, hs)
+
+
+def fused_forward(q, k, v):
+    """plain_forward through torch's fused kernels: CPU, CUDA in half precision, CUDA in float32."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    if q.dtype in (torch.bfloat16, torch.float16):
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[:2]
+
+
+def fused_backward(dout, q, k, v, out, lse):
+    """plain_backward through the same kernels. Their random state is only asked for: no dropout."""
+    aten, T, none = torch.ops.aten, q.size(2), torch.empty(0, dtype=torch.int64, device=q.device)
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, True)
+    if q.dtype in (torch.bfloat16, torch.float16):
+        return aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, T, T, 0.0, True, none, none)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, none, none, 0.0, [True, True, True, False], True)[:3]
+
+
+@functools.cache
+def try_fused(device_type, dtype, head_size):
+    """Do the fused kernels run here and agree with the plain ones? Tried once, on a small case."""
+    if device_type not in ("cpu", "cuda"):
+        return False
+    try:
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            wave = torch.arange(4 * 8 * head_size, device=device_type).mul(0.7).sin().to(dtype)
+            q, k, v, dout = wave.view(4, 1, 1, 8, head_size)                    # (1, 1, 8, hs) each
+            (out, lse), (out_f, lse_f) = plain_forward(q, k, v), fused_forward(q, k, v)
+            plain = out, lse, *plain_backward(dout, q, k, v, out, lse)
+            fused = out_f, lse_f[..., :8], *fused_backward(dout, q, k, v, out_f, lse_f)
+        torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.05, check_dtype=False)
+        return True
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        print(f"attention: plain matrix products serve for {dtype}, heads of size {head_size}, on "
+              f"{device_type} (fused kernels: {str(error).strip().splitlines()[0]})")
+        return False
+
+
+@torch.compiler.assume_constant_result
+def fused_serves(device_type, dtype, head_size):
+    """What try_fused found; a constant where torch.compile traces the model."""
+    return try_fused(device_type, dtype, head_size)
+
+
+# ------------------------ text
+def split_tokens(text, kind):
+    """str -> its tokens: UTF-8 bytes, each as the character of that number, or words and marks."""
+    return text.encode().decode("latin-1") if kind == "byte" else re.findall(r"\w+|[^\w\s]", text)
+
+
+def encode(text, kind, words):
+    """str -> ids (1-d, uint16), places in the vocabulary `words`; 0, <unk>, if not in it."""
+    ids = {word: n for n, word in enumerate(words)}
+    return np.array([ids.get(token, 0) for token in split_tokens(text, kind)], dtype=np.uint16)
+
+
+def spell(ids, kind, words):
+    """ids -> one string per token, to be read by people."""
+    return [words[n] if kind == "byte" else f"{words[n] if words else n} " for n in ids]
+
+
+def python_documents():
+    """The English that ships with Python: the library's docstrings and pydoc's help topics."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    library, documents = Path(sysconfig.get_paths()["stdlib"]), []
+    left_out = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "site-packages"}
+    for path in sorted(library.rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(library).parts):
+            documents += [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_bytes()))
+                          if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    if not (documents and topics):
+        raise Refusal("this Python lacks its sources or help topics: name a text with --data")
+    documents += [topics[name] for name in sorted(topics)]
+    return [d for d in documents if "\n" in d]                                  # no one-liners
+
+
+def read_data(paths):
+    """The documents (str) in files and folders, or nanoGPT's train.bin and val.bin (arrays)."""
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    bins, data = [f for f in files if f.suffix == ".bin"], []
+    try:
+        for file in [bins[0].with_name(f) for f in ("train.bin", "val.bin")] if bins else files:
+            if not file.is_dir():
+                data.append(np.memmap(file, np.uint16, "r") if bins else file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--data {file}: {error}; name UTF-8 files or folders, or train.bin, val.bin")
+    return data
+
+
+def load_text(paths=None, kind="byte", vocab_size=None, words=None):
+    """Read, split by document (every tenth to validate; a lone one is cut at 90%), and encode.
+
+    paths: None for Python's own English; text files and folders, each file a document; or nanoGPT's
+    train.bin and val.bin, memory-mapped. words: a vocabulary, if not the training split's own.
+    -> train, val (1-d, uint16), kind ("byte", "word", "bin"), words or None, vocab_size, sha256.
+    """
+    name = " ".join(map(str, paths or ["python"]))
+    data = read_data(paths) if paths else python_documents()
+    if data and isinstance(data[0], np.ndarray):
+        (train, val), kind, words, vocab_size = data, "bin", None, vocab_size or 50304
+        if (top := max(int(train.max()), int(val.max()))) >= vocab_size:
+            raise Refusal(f"--data {name} holds token {top}: give --vocab_size {top + 1} or more")
+    else:
+        documents = [d for d in dict.fromkeys(data) if d.strip()]               # no doubles
+        if not documents:
+            raise Refusal(f"--data {name} holds no text: name a file or folder that does")
+        train = "\n\n".join(d for n, d in enumerate(documents) if n % 10)
+        val = "\n\n".join(documents[::10])
+        if len(documents) == 1:
+            train, val = val[:len(val) * 9 // 10], val[len(val) * 9 // 10:]
+        if kind == "word" and words is None:
+            seen = collections.Counter(split_tokens(train, kind))
+            words = ["<unk>"] + [w for w, _ in seen.most_common(min(vocab_size or 8192, 2**16) - 1)]
+        words = words or [chr(n) for n in range(256)]
+        train, val, vocab_size = *(encode(t, kind, words) for t in (train, val)), len(words)
+    sha256 = hashlib.sha256(train)
+    sha256.update(val)
+    print(f"text: {name}, {len(train):,} {kind} tokens to train and {len(val):,} to validate on, "
+          f"python {platform.python_version()}, sha256 {sha256.hexdigest()}")
+    return argparse.Namespace(train=train, val=val, kind=kind, words=words,
+                              vocab_size=vocab_size, sha256=sha256.hexdigest())
+
+
+def windows(tokens, starts, T):
+    """tokens (1-d array or tensor), starts (B,) -> x, y (B, T) int64; y is x one token later."""
+    at = starts[:, None] + torch.arange(T + 1)                                  # (B, T + 1)
+    rows = tokens[at.to(tokens.device)] if isinstance(tokens, torch.Tensor) else tokens[at.numpy()]
+    rows = torch.as_tensor(rows).long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def token_losses(model, tokens, count, T):
+    """Cross-entropy in nats on `count` even windows, dropout off -> losses, y: (N, T) each."""
+    count = max(1, min(count, (len(tokens) - 1) // T))
+    starts = torch.linspace(0, len(tokens) - T - 1, count, dtype=torch.double).long()
+    x, y = windows(tokens, starts, T)
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    losses = [F.cross_entropy(model(a.to(device))[0].float().transpose(1, 2), b.to(device),
+                              reduction="none").cpu() for a, b in zip(x.split(64), y.split(64))]
+    model.train(was_training)
+    return torch.cat(losses), y
+
+
+# ------------------------ training and checkpoints
+def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, first=0, grad_accum=1,
+          grad_clip=1.0, dtype="float32", compiled=False, title="", kept="",
+          after_step=lambda done: None):
+    """Train the model in place, from step `first` to `steps`.
+
+    next_batch() -> (x, y) on the model's device; model(x, y) -> (_, loss). The learning rate warms
+    up for 5% of the steps, then falls along half a cosine to floor * learning_rate. Raises Refusal
+    if the loss is not finite any more, naming the step, the last good one and what is `kept`, or if
+    CUDA memory ends, naming --batch_size.
+    """
+    device, warmup = next(model.parameters()).device.type, steps // 20
+    run = torch.compile(model) if compiled else model
+    look_every, good = 1 if device == "cpu" else 50, "none"     # to read a loss stalls a GPU
+    model.train()
+    with tqdm(total=steps, initial=first, desc=title, leave=False, mininterval=0.5) as bar:
+        for step in range(first, steps):
+            done = (step - warmup) / max(1, steps - warmup)     # -… 0 in the warm-up, then 0 … 1
+            cosine = floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * ((step + 1) / warmup if step < warmup else cosine)
+            try:
+                for _ in range(grad_accum):
+                    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                        loss = run(*next_batch())[1]
+                    (loss / grad_accum).backward()
+            except torch.cuda.OutOfMemoryError:
+                raise Refusal("CUDA is out of memory: lower --batch_size") from None
+            if step % look_every == 0 or step == steps - 1:
+                if not math.isfinite(loss.item()):
+                    raise Refusal(f"the loss is {loss.item()} at step {step} (last good: {good}"
+                                  f"{kept}): lower --learning_rate, it is {learning_rate:g}")
+                good = step
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            after_step(step + 1)
+
+
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+def write_whole(path, write):
+    """write(a temporary path), then rename: the file at `path` is whole at any time, old or new."""
+    part = path.with_name(f".part.{path.name}")
+    write(part)
+    part.replace(path)
+
+
+def save_checkpoint(path, model, optimizer, step, more, **state):
+    """nanoGPT's format, which its own model class loads; what it does not know goes to `config`."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise Refusal(f"a weight is not finite at step {step}: lower --learning_rate; "
+                      f"{path} is as it was saved before, if it was")
+    fields = asdict(model.config)
+    model_args = {k: fields.pop(k) for k in MODEL_ARGS}                         # nanoGPT's seven
+    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=step,
+                 best_val_loss=math.inf, model_args=model_args, config={**fields, **more}, **state)
+    write_whole(path, lambda part: torch.save(saved, part))
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of nanoGPT's or ours -> (GPT, the whole dict); no code in it is ever run.
+    Raises Refusal if there is none, if it is damaged, holds pickled objects or does not fit."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        saved["config"] = saved.get("config", {})
+        fields = {k: v for k, v in saved["model_args"].items() if k in MODEL_ARGS}
+        fields |= {k: v for k, v in saved["config"].items() if k in ARMS["vanilla"]}
+        model = GPT(GPTConfig(**fields)).to(device)
+        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()
+                               if not k.endswith((".attn.bias", ".attn.masked_bias"))})   # buffers
+    except Exception as error:      # a file from anywhere can be wrong in any way
+        raise Refusal(f"checkpoint {path} is no use ({type(error).__name__}: {str(error)[:150]}): name one "
+                      "of nanoGPT's or ours; pickled objects in it are never run") from error
+    return model, saved
+
+
+# ------------------------ results: records, tables, figures
+def load_records(path):
+    """The records of a results file, [] if there is none. Raises Refusal if it is damaged."""
+    try:
+        records = json.loads(path.read_text("utf-8")) if path.exists() else []
+        if not all({"task", "arm", "seed", "code"} <= set(record) for record in records):
+            raise ValueError("not a list of records")
+    except (ValueError, TypeError, OSError) as error:
+        raise Refusal(f"results file {path} is damaged ({error}): move it or change --out_dir")
+    return records
+
+
+def run_experiments(path, wanted, vary, run, args):
+    """Make sure that the results file holds a record for every settings dict in `wanted`.
+
+    run(settings) -> dict of numbers, saved at once. What the file holds is not run again, unless
+    args.fresh. Returns the records that agree with the wanted ones but for the keys in `vary`, by
+    arm and seed: those that may share a figure.
+    """
+    def agrees(record, settings, but=()):
+        return all(k in but or (k in record and record[k] == v) for k, v in settings.items())
+    sources = [Path(__file__).with_name(f).read_bytes() for f in ("myopic_gpt.py", "synthetic.py")]
+    cpu = f"{platform.machine()} {args.device}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+    records = load_records(path)
+    done = [] if args.fresh else [s for s in wanted if any(agrees(r, s) for r in records)]
+    todo = [] if args.plot_only else [s for s in wanted if s not in done]
+    if any(r["code"] != code for s in done for r in records if agrees(r, s)):
+        print(f"{path}: runs of other code are used as they are; --fresh repeats them")
+    if todo:
+        print(f"{len(todo)} runs, about {len(todo) * args.minutes_per_run:.1f} minutes with the "
+              f"preset's settings on {args.minutes_on}; here: {machine}. Results: {path}")
+    for settings in todo:
+        start = time.time()
+        numbers = run(settings)
+        records = [r for r in records if not agrees(r, settings)] + [dict(
+            settings, steps=settings["max_iters"], seconds=round(time.time() - start, 1),
+            device=machine, torch=torch.__version__, code=code, **numbers)]
+        lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
+        write_whole(path, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    shown = [r for r in records if any(agrees(r, s, vary) for s in wanted)]
+    if not shown:
+        raise Refusal(f"{path} has no results for these settings: run without --plot_only first")
+    return sorted(shown, key=lambda r: ((*ARMS, r["arm"]).index(r["arm"]), r["arm"], r["seed"]))
+
+
+def mean_sd(values, digits=2):
+    """'0.21 ± 0.02': mean and standard deviation over seeds; None is left out."""
+    values = [v for v in values if v is not None]
+    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{sd}" if values else "-"
+
+
+def print_table(title, header, rows, caption):
+    grid = table.Table(*header, title=title, caption=caption)
+    for row in rows:
+        grid.add_row(*row)
+    console.Console(width=None if sys.stdout.isatty() else 110).print(grid)
+
+
+LOOKS = {   # colour (safe for the colour-blind), line and marker (tell the arms apart in grey)
+    "vanilla": ("#0072B2", "-", "o"), "myopic": ("#D55E00", "--", "s"),
+    "myopic_kv": ("#009E73", "-.", "^"), "local_myopic": ("#CC79A7", "-", "D"),
+    "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x")}
+
+
+def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
+    """A figure and its (rows, columns) array of axes; sizes in inches per panel."""
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=130)
+    axes = fig.subplots(rows, columns, squeeze=False, **shared)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
+def draw_lines(ax, x, lines, label_at=-1, **labels):
+    """A line per arm, mean and standard deviation over seeds, named at the right at the height of
+    point label_at. lines: {arm: one list of y per seed}, None for a gap; labels: for ax.set."""
+    ends, at = [], -math.inf
+    for arm, runs in lines.items():
+        colour, line, marker = LOOKS.get(arm, ("#777777", "-", "."))
+        y = np.array(runs, dtype=float)                                         # (seeds, len(x))
+        mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)                         # sd of one seed: 0
+        ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, linewidth=1.6)
+        ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+        ends.append((mean[label_at], arm.replace("_", " "), colour))
+    ax.set(**labels)
+    for y, name, colour in sorted(ends):
+        at = max(at + 0.065, (ax.transData - ax.transAxes).transform((x[0], y))[1])
+        ax.annotate(name, (1.02, at), xycoords="axes fraction", color=colour, va="center")
+
+
+def save_figure(fig, path, caption):
+    fig.supxlabel(caption, fontsize=8, color="#444444")
+    write_whole(path, lambda part: fig.savefig(part, format="png"))
+    print(f"figure {path}")
+
+
+# ------------------------ command line
+def arm_fields(name):
+    """The three fields of an arm of ARMS or of 'horizon_<h>'. Raises Refusal for any other name."""
+    if name.startswith("horizon_") and name[8:].isdecimal():
+        return dict(horizon=int(name[8:]), cut="hidden", past="own")
+    if name not in ARMS:
+        raise Refusal(f"arm {name} is unknown: choose from {', '.join(ARMS)}, horizon_<h> (h >= 0)")
+    return ARMS[name]
+
+
+def command_line(description, presets):
+    """The parser with the flags that both scripts share; a flag not given is the preset's."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    yes, add = dict(action="store_true", default=False), parser.add_argument
+    add("--preset", choices=presets, default="quick", help="seconds; a two-core laptop; one GPU")
+    add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--out_dir", type=Path, help="for results and figures (default out/<preset>)")
+    add("--fresh", **yes, help="repeat runs that are recorded already")
+    add("--plot_only", **yes, help="redraw figures and table from the records, train nothing")
+    add("--compile", **yes, help="torch.compile the model (CUDA only)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
+    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="batches per step")
+    for flag, kind, text in (
+            ("seeds", int, "how many seeds"), ("seed", int, "the first seed"),
+            ("block_size", int, "positions per sequence, T"), ("n_layer", int, "blocks"),
+            ("n_head", int, "heads"), ("n_embd", int, "channels, C"), ("max_iters", int, "steps"),
+            ("batch_size", int, "sequences per batch"), ("learning_rate", float, "AdamW's peak")):
+        add(f"--{flag}", type=kind, metavar="N", help=text)
+    return parser
+
+
+def run_command(parser, presets, argv, body):
+    """Parse argv, fill in the preset, call body(args). Bad input: exit status 2 and one line."""
+    given = vars(parser.parse_args(argv))
+    preset = given["preset"]
+    args = argparse.Namespace(**{"out_dir": Path("out", preset), **presets[preset], **given})
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+    try:
+        for name, value in given.items():
+            low = 0 if name in ("seed", "max_iters", "learning_rate", "dropout", "b") else 1
+            if type(value) in (int, float) and not low <= value < math.inf:     # nan fails, too
+                raise Refusal(f"{name} is {value}: give a number, at least {low}")
+        args.arms = [arm for arm in dict.fromkeys(args.arms) if arm_fields(arm)]
+        if args.device not in ["auto", *here]:
+            raise Refusal(f"device {args.device} is not available here: use --device auto")
+        args.device = here[0] if args.device == "auto" else args.device
+        if args.compile and args.device != "cuda":
+            raise Refusal(f"--compile is for CUDA and the device is {args.device}: leave it out")
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        body(args)
+    except Refusal as refusal:
+        parser.error(" ".join(str(refusal).split()))
+    except OSError as error:
+        parser.error(f"out_dir {args.out_dir} cannot be written to ({error}): name another one")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ninterrupted: {args.out_dir} keeps what is done; run again to go on\n")
+
+
+# ------------------------ the language-model experiment, its figures and main
+
+COMMON = dict(arms=list(ARMS), seed=0, block_size=64, tokens=["byte"], minutes_on="two CPU cores")
+PRESETS = {     # shapes: (n_layer, n_head, n_embd) of further models, for the gap against size
+    "smoke": dict(COMMON, seeds=1, block_size=16, n_layer=2, n_head=2, n_embd=32,
+                  shapes=[(1, 1, 8)], batch_size=8, max_iters=10, learning_rate=2e-3, save_every=5,
+                  eval_windows=32, minutes_per_run=0.02),
+    "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, shapes=[], batch_size=32,
+                  max_iters=500, learning_rate=5e-3, save_every=250, eval_windows=256,
+                  minutes_per_run=0.6),
+    "full": dict(COMMON, seeds=3, n_layer=4, n_head=4, n_embd=128, tokens=["byte", "word"],
+                 shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], batch_size=32, max_iters=750,
+                 learning_rate=4e-3, save_every=250, eval_windows=512, minutes_per_run=0.3,
+                 minutes_on="one H200"),
+}
+
+
+def checkpoint_path(s, out_dir):
+    return out_dir / f"{s['arm']}_{s['tokens']}_{s['n_layer']}x{s['n_embd']}_seed{s['seed']}.pt"
+
+
+def build_model(s, text, args):
+    """The model in its arm, from scratch (same seed, same weights in every arm) or --init_from."""
+    vanilla, fields, teacher = {**s, "arm": "vanilla"}, arm_fields(s["arm"]), None
+    if fields["past"] == "frozen":
+        teacher, saved = load_checkpoint(checkpoint_path(vanilla, args.out_dir), args.device)
+        if saved["config"].get("settings") != vanilla or saved["iter_num"] < s["max_iters"]:
+            raise Refusal(f"{s['arm']} needs vanilla of the same settings: train it, with --fresh")
+    torch.manual_seed(s["seed"])
+    start = load_checkpoint(args.init_from)[0] if args.init_from else GPT(GPTConfig(
+        s["block_size"], text.vocab_size, s["n_layer"], s["n_head"], s["n_embd"]))
+    model = GPT(replace(start.config, dropout=s["dropout"], **fields))
+    model.load_state_dict(start.state_dict())
+    if teacher:
+        model.teach(teacher)
+    return model.to(args.device)
+
+
+def run_text(s, text, args):
+    """Train in one arm, or go on where its checkpoint stopped; -> the numbers of its record."""
+    T, device, path = s["block_size"], args.device, checkpoint_path(s, args.out_dir)
+    model = build_model(s, text, args)
+    optimizer = model.configure_optimizers(0.1, s["learning_rate"], device_type=device)
+    generator, curve, first = torch.Generator().manual_seed(s["seed"]), [], 0
+    if path.exists():
+        trained, saved = load_checkpoint(path, device)
+        if saved["config"].get("settings") == s:
+            model.load_state_dict(trained.state_dict())
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["batch_rng"].cpu())
+            torch.set_rng_state(saved["dropout_rng"].cpu())
+            curve, first = saved["config"]["curve"], saved["iter_num"]
+    # memory-mapped tokens stay on disk; others go to the device, where batches are then made
+    tokens = torch.tensor(text.train.astype("i4"), device=device) if text.words else text.train
+
+    loss_of = lambda split: token_losses(model, split, args.eval_windows, T)[0].mean().item()
+
+    def next_batch():
+        starts = torch.randint(len(tokens) - T, (s["batch_size"],), generator=generator)
+        return [t.to(device) for t in windows(tokens, starts, T)]
+
+    def after_step(n):
+        if n % max(1, s["max_iters"] // 10) == 0:
+            curve.append([n, loss_of(text.train), loss_of(text.val)])
+        if n % args.save_every == 0 or n == s["max_iters"]:
+            save_checkpoint(path, model, optimizer, n, batch_rng=generator.get_state(),
+                            dropout_rng=torch.get_rng_state(), more=dict(
+                                settings=s, curve=curve, tokens=text.kind, words=text.words))
+
+    if first == 0:
+        after_step(0)
+    train(model, optimizer, next_batch, steps=s["max_iters"], learning_rate=s["learning_rate"],
+          floor=0.1, first=first, grad_accum=s["gradient_accumulation_steps"], dtype=s["dtype"],
+          compiled=s["compile"], title=f"{s['arm']} {s['n_layer']}x{s['n_embd']} seed {s['seed']}",
+          kept=f"; {path} has the last saved state", after_step=after_step)
+    losses, y = token_losses(model, text.val, args.eval_windows, T)             # (N, T) each
+    numbers = dict(
+        n_params=sum(p.numel() for p in model.parameters()), val_loss=losses.mean().item(),
+        train_loss=loss_of(text.train), curve=curve, loss_by_position=losses.mean(0).tolist(),
+        tokens_seen=T * s["max_iters"] * s["batch_size"] * s["gradient_accumulation_steps"])
+    if s["seed"] == args.seed:                                  # for the tinted figure
+        words = [spell(row, text.kind, text.words) for row in y[:64].tolist()]
+        numbers["passage"] = dict(loss=np.round(losses[:64].tolist(), 3).tolist(), text=words)
+    print(f"{s['arm']:>12}, {numbers['n_params']:,} parameters, seed {s['seed']}: validation loss "
+          f"{numbers['val_loss']:.3f} nats per token, training {numbers['train_loss']:.3f}")
+    return numbers
+
+
+def gaps(arms, names, value):
+    """{name: value(record) minus that of vanilla with the same seed, one entry per such pair}."""
+    pairs = {name: [(r, arms["vanilla"][seed]) for seed, r in arms.get(name, {}).items()
+                    if seed in arms.get("vanilla", {})] for name in names}
+    return {n: [np.subtract(value(r), value(v)) for r, v in rs] for n, rs in pairs.items() if rs}
+
+
+def plot_passage(vanilla, myopic, path, caption):
+    """Held-out windows tinted by what the myopic model loses at each token, and its ten worst."""
+    gap, texts = np.subtract(myopic["loss"], vanilla["loss"]), vanilla["text"]          # (N, T)
+    fig, ((ax,),) = new_figure(width=10, height=5.5)
+    write = functools.partial(ax.text, family="monospace", size=9, parse_math=False)
+    column, line, width = 0, 0, 80
+    for w, t in np.ndindex(gap.shape):
+        token, pale = texts[w][t].replace("\n", "¶"), 1 - min(abs(gap[w, t]), 2) / 3
+        if t == 0 or column + len(token) > width:               # every window begins a line
+            column, line = 0, line + 1
+        if line > 10:
+            break
+        y = 1.02 - line / 21
+        ax.fill_between([column / width, (column + len(token)) / width], y - 0.012, y + 0.036,
+                        color=(1, pale, pale) if gap[w, t] > 0 else (pale, pale, 1), linewidth=0)
+        write(column / width, y, token)
+        column += len(token)
+    write(0, 0.46, "Where it loses most, in nats; the token in [ ]:", weight="bold")
+    for n, worst in enumerate(np.argsort(-gap, axis=None)[:10]):
+        w, t = divmod(worst, gap.shape[1])
+        before = "".join(texts[w][:t])[-70:]
+        write(0, 0.41 - n / 22, f"{gap[w, t]:5.2f} {before:>70}[{texts[w][t]}]".replace("\n", "¶"))
+    ax.set(title="Held-out text. Red: the myopic model loses against vanilla; blue: it wins",
+           xlim=(0, 1), ylim=(0, 1))
+    ax.set_axis_off()
+    save_figure(fig, path, caption)
+
+
+def report(records, out_dir):
+    """Every figure and the table for the runs on one kind of tokens."""
+    sizes, r = {}, records[0]
+    for record in records:                                      # {n_params: {arm: {seed: record}}}
+        arms = sizes.setdefault(record["n_params"], {})
+        arms.setdefault(record["arm"], {})[record["seed"]] = record
+    largest = max(sizes, key=lambda n: (len(sizes[n]), n))      # of those with the most arms
+    arms, seeds = sizes[largest], len({r["seed"] for r in records})
+    about = f"{r['data']}, {r['tokens']} tokens, {r['steps']} steps; " + (
+        f"{seeds} seeds" if seeds > 2 else f"preliminary: {seeds} seed(s)")
+    caption, file = f"{largest:,} parameters; {about}", f"{{}}_{r['tokens']}.png".format
+    cuts, loss_gap = ("vanilla", "myopic", "myopic_kv"), "loss − vanilla's (nats)"
+    final, by_position = (lambda r: r["val_loss"]), (lambda r: r["loss_by_position"])
+    fig, ((ax,),) = new_figure(width=6.5, height=2.6)
+    for arm, runs in arms.items():
+        losses, look = [final(r) for r in runs.values()], LOOKS.get(arm, ("#777777", "-", "."))
+        ax.plot(losses, [f"{arm}  {mean_sd(losses, 3)}"] * len(losses), look[2], color=look[0])
+    ax.invert_yaxis()
+    ax.set(title="Final loss of every arm, a mark per seed", xlabel="loss (nats per token)")
+    save_figure(fig, out_dir / file("text_arms"), caption)
+    if "myopic" in gaps(arms, arms, final):
+        fig, ((top,), (low,)) = new_figure(rows=2, width=6, height=2.9, sharex=True)
+        draw_lines(top, range(r["block_size"]), {
+            arm: [by_position(r) for r in runs.values()] for arm, runs in arms.items()},
+            title="Loss at every position", ylabel="loss (nats per token)")
+        draw_lines(low, range(r["block_size"]), gaps(arms, arms.keys() - {"bigram"}, by_position),
+                   xlabel="position in the window", ylabel=loss_gap)
+        save_figure(fig, out_dir / file("text_positions"), caption)
+        fig, ((ax,),) = new_figure(width=5.5)
+        draw_lines(ax, [n for n, _, _ in r["curve"]],
+                   gaps(arms, cuts, lambda r: [val for _, _, val in r["curve"]]),
+                   title="The myopia gap while training", xlabel="training steps", ylabel=loss_gap)
+        save_figure(fig, out_dir / file("text_steps"), caption)
+        passages = [r["passage"] for a in cuts[:2] for r in arms[a].values() if "passage" in r]
+        if len(passages) == 2:
+            plot_passage(*passages, out_dir / file("text_passage"), caption)
+    ns = [n for n in sorted(sizes) if set(cuts) <= gaps(sizes[n], cuts, final).keys()]
+    if len(ns) > 1:
+        fig, ((ax,),) = new_figure(width=5.5)
+        by_size = {a: zip(*(gaps(sizes[n], cuts, final)[a] for n in ns)) for a in cuts}
+        draw_lines(ax, ns, {a: list(g) for a, g in by_size.items()}, xscale="log",
+                   title="The gap and the model's size", xlabel="parameters", ylabel=loss_gap)
+        save_figure(fig, out_dir / file("text_sizes"), about)
+    rows = []
+    for n, arm, runs in [(n, arm, sizes[n][arm]) for n in sorted(sizes) for arm in sizes[n]]:
+        value = lambda key: mean_sd([r[key] for r in runs.values()], 3)
+        gap = gaps(sizes[n], [arm, "bigram"], final)
+        share = [100 * g / w for g, w in zip(gap.get(arm, []), gap.get("bigram", [])) if w]
+        rows.append([f"{n:,}", arm, str(len(runs)), value("val_loss"), value("train_loss"),
+                     mean_sd(gap.get(arm, []), 3), mean_sd(share, 1)])
+    print_table(f"Language model, {about}", [
+        "parameters", "arm", "n", "val loss", "train loss", "− vanilla", "% of bigram's"], rows,
+        "nats per token, mean ± sd over n seeds\nthe paper, another task (GPT-2 124M, MS MARCO): "
+        "vanilla 3.28, myopic 3.40 (5.9%), local myopic 3.26, bigram 5.33")
+
+
+def write_sample(args):
+    """Print what a checkpoint writes after args.sample."""
+    path = args.init_from or checkpoint_path(
+        {**vars(args), "arm": args.arms[0], "tokens": args.tokens[0]}, args.out_dir)
+    model, saved = load_checkpoint(path, args.device)
+    kind, words = saved["config"].get("tokens"), saved["config"].get("words")
+    if not words or model.config.past == "frozen":
+        raise Refusal(f"{path} does not name its tokens, or needs a teacher: name another one")
+    start = torch.tensor([encode(args.sample, kind, words).tolist()], device=args.device)
+    if not start.numel():
+        raise Refusal("--sample is empty: give the text to begin with")
+    torch.manual_seed(args.seed)
+    ids = model.eval().generate(start, 500, temperature=0.8, top_k=200)[0].tolist()
+    text = "".join(spell(ids, kind, words))
+    print(text if kind == "word" else text.encode("latin-1").decode(errors="replace"))
+
+
+def experiments(args):
+    if args.sample is not None:
+        return write_sample(args)
+    path, c, start = args.out_dir / "myopic_gpt.json", args, {}
+    records = load_records(path)                        # a damaged file is refused before any work
+    if args.init_from:
+        model, saved = load_checkpoint(args.init_from)
+        c, start = model.config, saved["config"]
+        if args.block_size > c.block_size:
+            raise Refusal(f"block_size {args.block_size} is above the model's: give {c.block_size}")
+    shapes = [(c.n_layer, c.n_head, c.n_embd)]
+    preset = PRESETS[args.preset]
+    if shapes == [(preset["n_layer"], preset["n_head"], preset["n_embd"])]:
+        shapes += args.shapes
+    [GPTConfig(args.block_size, 1, *shape, args.dropout) for shape in shapes]   # refuses bad ones
+    for kind in [start["tokens"]] if start.get("words") else args.tokens:
+        text, sha = None, next((r["data_sha256"] for r in records[::-1] if r["tokens"] == kind), "")
+        if not args.plot_only:
+            text = load_text(args.data, kind, args.vocab_size, start.get("words"))
+            sha, kind, n = text.sha256, text.kind, min(len(text.train), len(text.val))
+            if n <= args.block_size:
+                raise Refusal(f"block_size {args.block_size} is not below {n}, the size of a split:"
+                              " give more text, or lower --block_size")
+            if args.init_from and (kind, text.vocab_size) != (start.get("tokens", "bin"),
+                                                              c.vocab_size):
+                raise Refusal(f"{text.vocab_size} {kind} tokens do not fit {args.init_from}: give "
+                              f"its own --data, and --vocab_size {c.vocab_size}")
+        shared = {k: getattr(args, k) for k in (
+            "block_size", "dropout", "batch_size", "gradient_accumulation_steps", "max_iters",
+            "dtype", "compile")}
+        wanted = [dict(task="text", arm=arm, seed=seed, n_layer=l, n_head=h, n_embd=C, tokens=kind,
+                       data=" ".join(map(str, args.data or ["python"])), data_sha256=sha,
+                       init_from=args.init_from and str(args.init_from), **shared,
+                       learning_rate=args.learning_rate * math.sqrt(c.n_embd / C))
+                  for l, h, C in shapes for seed in range(args.seed, args.seed + args.seeds)
+                  for arm in args.arms if C == c.n_embd or arm_fields(arm)["past"] == "own"]
+        for s in wanted if args.fresh else []:
+            checkpoint_path(s, args.out_dir).unlink(missing_ok=True)
+        run = functools.partial(run_text, text=text, args=args)
+        report(run_experiments(path, wanted, ("arm", "seed"), run, args), args.out_dir)
+
+
+def main(argv=None):
+    """Train what is not recorded yet, draw the figures, print the table; or --sample."""
+    parser = command_line(__doc__.split("\n")[0], PRESETS)
+    add = parser.add_argument
+    add("--data", nargs="+", type=Path, default=None, help="text files, folders, train.bin val.bin")
+    add("--tokens", nargs="+", choices=["byte", "word"], help="what a token is")
+    add("--vocab_size", type=int, default=None, metavar="N", help="words, .bin")
+    add("--dropout", type=float, default=0.0, metavar="X", help="while training")
+    add("--save_every", type=int, metavar="N", help="steps between checkpoints")
+    add("--init_from", type=Path, default=None, help="start from this checkpoint (ours, nanoGPT's)")
+    add("--sample", metavar="TEXT", default=None, help="only continue TEXT with a trained model")
+    run_command(parser, PRESETS, argv, experiments)
+
+
+if __name__ == "__main__":
+    main()
