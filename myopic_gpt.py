@@ -580,8 +580,8 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()
                                if not k.endswith((".attn.bias", ".attn.masked_bias"))})   # buffers
     except Exception as error:      # a file from anywhere can be wrong in any way
-        raise Refusal(f"checkpoint {path} is no use ({type(error).__name__}: {str(error)[:150]}): name one "
-                      "of nanoGPT's or ours; pickled objects in it are never run") from error
+        raise Refusal(f"checkpoint {path} cannot be used ({error!r:.200}): name one of nanoGPT's "
+                      "or ours; pickled objects in it are never run") from error
     return model, saved
 
 

@@ -338,7 +338,7 @@ def test_frequency_rises_to_its_goal(monkeypatch, tmp_path):
     drawn, original = [], synthetic.sample_batch
     monkeypatch.setattr(synthetic, "sample_batch", lambda *a: drawn.append(a) or original(*a))
     call(synthetic, tmp_path / "out", "--arms vanilla --max_iters 10")
-    trained = [b for n, _, _, _, b, _ in drawn if n == 16]              # 16: the batch_size of smoke
+    trained = [b for n, _, _, _, b, _ in drawn if n == 16]     # 16: batch_size of smoke
     assert trained == pytest.approx([1, 7 / 6, 8 / 6, 9 / 6, 10 / 6, 11 / 6, 2, 2, 2, 2])
 
 
@@ -613,7 +613,7 @@ LANGUAGE = [
     ("--data BINS", "--data BINS holds token 60000"), ("--data HALF", "val.bin: [Errno 2]"),
     ("--init_from MISSING", "checkpoint MISSING"), ("--init_from FILE", "checkpoint FILE"),
     ("--init_from LONG", "block_size 16 is above"),
-    ("--init_from CUT", "checkpoint CUT cannot be used (cut is 'middle'"),
+    ("--init_from CUT", """checkpoint CUT cannot be used (Refusal("cut is 'middle'"""),
     ("--arms local_myopic", "vanilla_byte_2x32_seed0.pt cannot be used"),
     ("--sample x", "vanilla_byte_2x32_seed0.pt cannot be used"),
     ("--sample= --init_from OURS", "--sample is empty")]
