@@ -3,22 +3,22 @@
 A transformer runs the same parameters once per position. Write its gradient as a table: row i is
 whose loss, column j at which position the parameters did the work.
 
-                        work done at position j
-                          0    1    2    3
-      loss at       0     #    .    .    .      #  a position learns its own job
-      position i    1     +    #    .    .      +  a position learns to help a later one
-                    2     +    +    #    .      .  nothing: the past never sees the future
-                    3     +    +    +    #
+        j =  0   1   2   3
+    i = 0    #   .   .   .
+    i = 1    +   #   .   .        #  position i learns to do its own job
+    i = 2    +   +   #   .        +  position j learns to help a later one
+    i = 3    +   +   +   #        .  nothing: the past never sees the future
 
 Ordinary ("vanilla") training adds up # and +, myopic training only #. The forward pass is the same.
     pre-caching  = features that exist only because of the +
     breadcrumbs  = features that are useful later, but that # alone would have made
     myopia gap   = loss(myopic) - loss(vanilla): what the + were worth
 Positions talk only through attention's keys and values, so the difference is in the backward pass
-of one sublayer: MyopicAttention, below. After Wu, Morris, Levine (2024), arXiv 2404.00859.
+of one sublayer: MyopicAttention, below. One choice is left: when i reads k_j = W_K x_j, whose work
+is that? The reader's, i, in the paper (cut="hidden"); the writer's, j, elsewhere (cut="kv"). Either
+way no gradient goes from i to x_j. After Wu, Morris, Levine (2024), arXiv 2404.00859.
 
     python myopic_gpt.py                        # five arms on the English that ships with Python
-    python myopic_gpt.py --data book.txt --tokens word --out_dir out/book
     python myopic_gpt.py --init_from ckpt.pt --data data/ --arms vanilla myopic --learning_rate 1e-4
     python myopic_gpt.py --sample "The "        # write text with the trained vanilla model
 
@@ -51,8 +51,10 @@ from tqdm import tqdm
 # ------------------------ configuration
 # An arm of a comparison is three fields; everything else, weights and batches included, is shared.
 #   horizon  None: gradients travel freely. h: at most h positions along each attention edge
-#   cut      whose are W_K, W_V? "hidden": the reading position's (the paper); "kv": the writing's
-#   past     keys and values of the past: its "own", a "frozen" trained vanilla model's, or "zero"
+#   cut      "hidden": between x_j and k_j, v_j, so W_K and W_V learn from every reader (the paper);
+#            "kv": at k_j, v_j themselves, so W_K and W_V learn from their own position alone
+#   past     keys and values of the past are made from the model's "own" states, from those of a
+#            "frozen" trained vanilla model, or are "zero"; the last two ignore horizon and cut
 ARMS = {
     "vanilla":      dict(horizon=None, cut="hidden", past="own"),
     "myopic":       dict(horizon=0, cut="hidden", past="own"),
@@ -147,23 +149,23 @@ def merge_heads(*heads):
 
 
 # ------------------------ the myopic backward
-def write_heard(dk, dv, dout, q, k, v, out, lse, horizon):
-    """Overwrite dk, dv with what x_j hears: the sums over its readers i with 0 <= i - j <= horizon.
+def write_heard(dk, dv, G, q, k, v, out, lse, horizon):
+    """Fill dk, dv with what x_j hears: the sums over its readers i with 0 <= i - j <= horizon.
 
-        P_ij = exp(s q_i.k_j - lse_i)         dS_ij = P_ij (G_i.v_j - G_i.out_i)        G = dout
+        P_ij = exp(s q_i.k_j - lse_i)         dS_ij = P_ij (G_i.v_j - G_i.out_i)
         dk^h_j = s sum_i dS_ij q_i            dv^h_j = sum_i P_ij G_i
 
     One shifted diagonal per lag i - j and no (T, T) matrix: horizon 0 is a few sweeps over q.
-    All (B, nh, T, hs) but lse (B, nh, T). Source: the gradient of softmax, a diagonal at a time.
+    All (B, nh, T, hs), G the gradient of out, but lse (B, nh, T); dk, dv are written in place.
     """
     T, s = q.size(2), 1 / math.sqrt(q.size(-1))
-    G_out = rowdot(dout, out)                                                   # (B, nh, T)
+    G_dot_out = rowdot(G, out)                                                  # (B, nh, T)
     dk.zero_(), dv.zero_()
     for lag in range(min(horizon, T - 1) + 1):
-        i, j = slice(lag, T), slice(0, T - lag)             # reader i = j + lag
-        q_i, G_i, k_j, v_j = q[:, :, i], dout[:, :, i], k[:, :, j], v[:, :, j]
+        i, j = slice(lag, T), slice(0, T - lag)             # readers; writers, lag before them
+        q_i, G_i, k_j, v_j = q[:, :, i], G[:, :, i], k[:, :, j], v[:, :, j]
         P = (s * rowdot(q_i, k_j) - lse[:, :, i]).exp()                         # (B, nh, T - lag)
-        dS = P * (rowdot(G_i, v_j) - G_out[:, :, i])                            # (B, nh, T - lag)
+        dS = P * (rowdot(G_i, v_j) - G_dot_out[:, :, i])                        # (B, nh, T - lag)
         dk[:, :, j].addcmul_((s * dS).to(q.dtype)[..., None], q_i)
         dv[:, :, j].addcmul_(P.to(q.dtype)[..., None], G_i)
 
@@ -182,29 +184,27 @@ class MyopicAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():     # create_graph; once_differentiable would let y.sum() pass
+        if torch.is_grad_enabled():     # create_graph; once_differentiable is silent for y.sum()
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, qkv, out, lse = ctx.saved_tensors
         q, k, v = split_heads(qkv, ctx.n_head)                                  # (B, nh, T, hs)
         G = dy.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2)                  # (B, nh, T, hs)
 
-        def weight_gradient():
-            return dqkv.flatten(0, 1).T @ x.flatten(0, 1), dqkv.sum((0, 1))     # (3C, C), (3C,)
-
-        # every position asks its own question, q_j; k_j and v_j hear all the readers of j
-        dqkv = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
+        # q_j hears its own position; k_j and v_j hear every reader of j
+        everyone = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
             G, q, k, v, out, lse))                                              # (B, T, 3C)
-        # W_K and W_V, if they are the reader's, learn from all of it
-        if ctx.cut == "hidden":
-            dw, db = weight_gradient()
-        # the stop-gradient: a past state x_j hears no loss beyond the horizon
+        # the stop-gradient: x_j hears only its readers within the horizon, itself first of all
+        heard = everyone
         if ctx.horizon is not None:
-            _, dk, dv = split_heads(dqkv, ctx.n_head)                           # views into dqkv
-            write_heard(dk, dv, G, q, k, v, out, lse[..., :x.size(1)], ctx.horizon)
-        # W_K and W_V, if they are the writer's, learn only what x_j hears
-        if ctx.cut == "kv":
-            dw, db = weight_gradient()
-        return dqkv @ w, dw, db if ctx.needs_input_grad[2] else None, None, None, None, None
+            heard = everyone.clone()                                            # (B, T, 3C)
+            _, dk, dv = split_heads(heard, ctx.n_head)                          # views into heard
+            lse = lse[..., :x.size(1)]                                          # one kernel pads it
+            write_heard(dk, dv, G, q, k, v, out, lse, ctx.horizon)
+        # W_K and W_V are the reader's and learn from everyone, or the writer's and learn as x_j
+        learned = everyone if ctx.cut == "hidden" else heard
+        dw = learned.flatten(0, 1).T @ x.flatten(0, 1)                          # (3C, C)
+        db = learned.sum((0, 1)) if ctx.needs_input_grad[2] else None           # (3C,)
+        return heard @ w, dw, db, None, None, None, None
 
 
 def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
@@ -232,16 +232,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, past=None):
-        """x (B, T, C) -> (B, T, C); past (B, T, C), if past='frozen': the states to attend to."""
+    def forward(self, x, teacher_x=None):
+        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C): the teacher's ln_1 output, if frozen."""
         c, w, b = self.config, self.c_attn.weight, self.c_attn.bias
-        if c.past == "own":
+        if c.past == "own":     # vanilla, too, goes through the backward pass by hand
             y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)           # (B, T, C)
         else:
             q, k, v = split_heads(F.linear(x, w, b), c.n_head)                  # (B, nh, T, hs)
             k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
             if c.past == "frozen":
-                _, k_past, v_past = split_heads(F.linear(past, w, b), c.n_head)
+                _, k_past, v_past = split_heads(F.linear(teacher_x, w, b), c.n_head)
             y = merge_heads(two_stream_attention(q, k, v, k_past, v_past))      # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -266,8 +266,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x, teacher_x=None):
+        x = x + self.attn(self.ln_1(x), teacher_x)
         return x + self.mlp(self.ln_2(x))                                       # (B, T, C)
 
 
@@ -301,14 +301,14 @@ class GPT(nn.Module):
         t, c, T = self.transformer, self.config, idx.size(1)
         if T > c.block_size:
             raise Refusal(f"{T} positions do not fit block_size {c.block_size}: raise it or cut")
-        pasts = [None] * c.n_layer
+        teacher_xs = [None] * c.n_layer
         if c.past == "frozen":
-            with torch.no_grad():                   # the input of each attention in the teacher
-                pasts = [block.ln_1(x) for block, x in zip(self.teacher.transformer.h,
-                                                           self.teacher.hidden_states(idx))]
+            with torch.no_grad():
+                teacher_xs = [block.ln_1(x) for block, x in zip(self.teacher.transformer.h,
+                                                                self.teacher.hidden_states(idx))]
         states = [t.drop(t.wte(idx) + t.wpe.weight[:T])]                        # (B, T, C)
-        for block, past in zip(t.h, pasts):
-            states.append(block(states[-1], past))                              # (B, T, C)
+        for block, teacher_x in zip(t.h, teacher_xs):
+            states.append(block(states[-1], teacher_x))                         # (B, T, C)
         return states
 
     def forward(self, idx, targets=None):
@@ -397,7 +397,7 @@ def try_fused(device_type, dtype, head_size):
 
 @torch.compiler.assume_constant_result
 def fused_serves(device_type, dtype, head_size):
-    """What try_fused found; a constant where torch.compile traces the model."""
+    """What try_fused found. Apart from it, since torch.compile would trace through the cache."""
     return try_fused(device_type, dtype, head_size)
 
 
@@ -436,29 +436,23 @@ def python_documents():
     return [d for d in documents if "\n" in d]                                  # no one-liners
 
 
-def read_data(paths):
-    """The documents (str) in files and folders, or nanoGPT's train.bin and val.bin (arrays)."""
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-    bins, data = [f for f in files if f.suffix == ".bin"], []
+def load_text(paths=None, kind="byte", vocab_size=None, words=None):
+    """Read, split by document (every tenth validates; fewer than ten are cut at 90%), encode.
+
+    paths: None for Python's own English; text files and folders, each file a document; or nanoGPT's
+    train.bin and val.bin, memory-mapped. words: a vocabulary, if not the training split's own.
+    -> train, val (1-d, uint16), kind ("byte", "word", "bin"), words or None, vocab_size, sha256.
+    """
+    name, data = " ".join(map(str, paths or ["python"])), [] if paths else python_documents()
+    files = [f for p in paths or [] for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    bins = [f for f in files if f.suffix == ".bin"]
     try:
         for file in [bins[0].with_name(f) for f in ("train.bin", "val.bin")] if bins else files:
             if not file.is_dir():
                 data.append(np.memmap(file, np.uint16, "r") if bins else file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"--data {file}: {error}; name UTF-8 files or folders, or train.bin, val.bin")
-    return data
-
-
-def load_text(paths=None, kind="byte", vocab_size=None, words=None):
-    """Read, split by document (every tenth to validate; a lone one is cut at 90%), and encode.
-
-    paths: None for Python's own English; text files and folders, each file a document; or nanoGPT's
-    train.bin and val.bin, memory-mapped. words: a vocabulary, if not the training split's own.
-    -> train, val (1-d, uint16), kind ("byte", "word", "bin"), words or None, vocab_size, sha256.
-    """
-    name = " ".join(map(str, paths or ["python"]))
-    data = read_data(paths) if paths else python_documents()
-    if data and isinstance(data[0], np.ndarray):
+    if bins:
         (train, val), kind, words, vocab_size = data, "bin", None, vocab_size or 50304
         if (top := max(int(train.max()), int(val.max()))) >= vocab_size:
             raise Refusal(f"--data {name} holds token {top}: give --vocab_size {top + 1} or more")
@@ -468,8 +462,9 @@ def load_text(paths=None, kind="byte", vocab_size=None, words=None):
             raise Refusal(f"--data {name} holds no text: name a file or folder that does")
         train = "\n\n".join(d for n, d in enumerate(documents) if n % 10)
         val = "\n\n".join(documents[::10])
-        if len(documents) == 1:
-            train, val = val[:len(val) * 9 // 10], val[len(val) * 9 // 10:]
+        if len(documents) < 10:
+            whole = "\n\n".join(documents)
+            train, val = whole[:len(whole) * 9 // 10], whole[len(whole) * 9 // 10:]
         if kind == "word" and words is None:
             seen = collections.Counter(split_tokens(train, kind))
             words = ["<unk>"] + [w for w, _ in seen.most_common(min(vocab_size or 8192, 2**16) - 1)]
@@ -511,10 +506,9 @@ def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, firs
           after_step=lambda done: None):
     """Train the model in place, from step `first` to `steps`.
 
-    next_batch() -> (x, y) on the model's device; model(x, y) -> (_, loss). The learning rate warms
-    up for 5% of the steps, then falls along half a cosine to floor * learning_rate. Raises Refusal
-    if the loss is not finite any more, naming the step, the last good one and what is `kept`, or if
-    CUDA memory ends, naming --batch_size.
+    next_batch(step) -> (x, y) on the model's device; model(x, y) -> (_, loss). The learning rate
+    warms up for 5% of the steps, then falls along half a cosine to floor * learning_rate. Raises
+    Refusal if loss or gradient are not finite, naming the step, the last good one, what is `kept`.
     """
     device, warmup = next(model.parameters()).device.type, steps // 20
     run = torch.compile(model) if compiled else model
@@ -526,27 +520,21 @@ def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, firs
             cosine = floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * ((step + 1) / warmup if step < warmup else cosine)
-            try:
-                for _ in range(grad_accum):
-                    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                        loss = run(*next_batch())[1]
-                    (loss / grad_accum).backward()
-            except torch.cuda.OutOfMemoryError:
-                raise Refusal("CUDA is out of memory: lower --batch_size") from None
+            for _ in range(grad_accum):
+                with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                    loss = run(*next_batch(step))[1]
+                (loss / grad_accum).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             if step % look_every == 0 or step == steps - 1:
-                if not math.isfinite(loss.item()):
+                if not math.isfinite(loss.item() + norm.item()):
                     raise Refusal(f"the loss is {loss.item()} at step {step} (last good: {good}"
                                   f"{kept}): lower --learning_rate, it is {learning_rate:g}")
                 good = step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
             after_step(step + 1)
-
-
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 
 
 def write_whole(path, write):
@@ -562,9 +550,9 @@ def save_checkpoint(path, model, optimizer, step, more, **state):
         raise Refusal(f"a weight is not finite at step {step}: lower --learning_rate; "
                       f"{path} is as it was saved before, if it was")
     fields = asdict(model.config)
-    model_args = {k: fields.pop(k) for k in MODEL_ARGS}                         # nanoGPT's seven
+    arm = {k: fields.pop(k) for k in ARMS["vanilla"]}       # leaves nanoGPT's seven in fields
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=step,
-                 best_val_loss=math.inf, model_args=model_args, config={**fields, **more}, **state)
+                 best_val_loss=math.inf, model_args=fields, config={**arm, **more}, **state)
     write_whole(path, lambda part: torch.save(saved, part))
 
 
@@ -574,9 +562,9 @@ def load_checkpoint(path, device="cpu"):
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         saved["config"] = saved.get("config", {})
-        fields = {k: v for k, v in saved["model_args"].items() if k in MODEL_ARGS}
-        fields |= {k: v for k, v in saved["config"].items() if k in ARMS["vanilla"]}
-        model = GPT(GPTConfig(**fields)).to(device)
+        fields = {**saved["config"], **saved["model_args"]}     # nanoGPT's config is a mixed bag
+        model = GPT(GPTConfig(**{k: v for k, v in fields.items()
+                                 if k in GPTConfig.__dataclass_fields__})).to(device)
         model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()
                                if not k.endswith((".attn.bias", ".attn.masked_bias"))})   # buffers
     except Exception as error:      # a file from anywhere can be wrong in any way
@@ -601,19 +589,16 @@ def run_experiments(path, wanted, vary, run, args):
     """Make sure that the results file holds a record for every settings dict in `wanted`.
 
     run(settings) -> dict of numbers, saved at once. What the file holds is not run again, unless
-    args.fresh. Returns the records that agree with the wanted ones but for the keys in `vary`, by
-    arm and seed: those that may share a figure.
+    args.fresh. Returns the records that may share a figure: equal but for the keys in `vary`.
     """
     def agrees(record, settings, but=()):
         return all(k in but or (k in record and record[k] == v) for k, v in settings.items())
-    sources = [Path(__file__).with_name(f).read_bytes() for f in ("myopic_gpt.py", "synthetic.py")]
     cpu = f"{platform.machine()} {args.device}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
     records = load_records(path)
     done = [] if args.fresh else [s for s in wanted if any(agrees(r, s) for r in records)]
     todo = [] if args.plot_only else [s for s in wanted if s not in done]
-    if any(r["code"] != code for s in done for r in records if agrees(r, s)):
+    if any(r["code"] != args.code for s in done for r in records if agrees(r, s)):
         print(f"{path}: runs of other code are used as they are; --fresh repeats them")
     if todo:
         print(f"{len(todo)} runs, about {len(todo) * args.minutes_per_run:.1f} minutes with the "
@@ -623,13 +608,13 @@ def run_experiments(path, wanted, vary, run, args):
         numbers = run(settings)
         records = [r for r in records if not agrees(r, settings)] + [dict(
             settings, steps=settings["max_iters"], seconds=round(time.time() - start, 1),
-            device=machine, torch=torch.__version__, code=code, **numbers)]
+            device=machine, torch=torch.__version__, code=args.code, **numbers)]
         lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
         write_whole(path, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
     shown = [r for r in records if any(agrees(r, s, vary) for s in wanted)]
     if not shown:
         raise Refusal(f"{path} has no results for these settings: run without --plot_only first")
-    return sorted(shown, key=lambda r: ((*ARMS, r["arm"]).index(r["arm"]), r["arm"], r["seed"]))
+    return shown
 
 
 def mean_sd(values, digits=2):
@@ -649,7 +634,7 @@ def print_table(title, header, rows, caption):
 LOOKS = {   # colour (safe for the colour-blind), line and marker (tell the arms apart in grey)
     "vanilla": ("#0072B2", "-", "o"), "myopic": ("#D55E00", "--", "s"),
     "myopic_kv": ("#009E73", "-.", "^"), "local_myopic": ("#CC79A7", "-", "D"),
-    "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x")}
+    "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x"), "other": ("k", "-", ".")}
 
 
 def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
@@ -663,11 +648,11 @@ def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
 
 def draw_lines(ax, x, lines, label_at=-1, **labels):
     """A line per arm, mean and standard deviation over seeds, named at the right at the height of
-    point label_at. lines: {arm: one list of y per seed}, None for a gap; labels: for ax.set."""
+    point label_at. lines: {arm: {seed: list of y}}, None for a gap; labels: for ax.set."""
     ends, at = [], -math.inf
     for arm, runs in lines.items():
-        colour, line, marker = LOOKS.get(arm, ("#777777", "-", "."))
-        y = np.array(runs, dtype=float)                                         # (seeds, len(x))
+        colour, line, marker = LOOKS.get(arm, LOOKS["other"])
+        y = np.array(list(runs.values()), dtype=float)                          # (seeds, len(x))
         mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)                         # sd of one seed: 0
         ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, linewidth=1.6)
         ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
@@ -703,7 +688,7 @@ def command_line(description, presets):
     add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--out_dir", type=Path, help="for results and figures (default out/<preset>)")
-    add("--fresh", **yes, help="repeat runs that are recorded already")
+    add("--fresh", **yes, help="repeat recorded runs (to go on after a break, leave it out)")
     add("--plot_only", **yes, help="redraw figures and table from the records, train nothing")
     add("--compile", **yes, help="torch.compile the model (CUDA only)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
@@ -722,13 +707,16 @@ def run_command(parser, presets, argv, body):
     given = vars(parser.parse_args(argv))
     preset = given["preset"]
     args = argparse.Namespace(**{"out_dir": Path("out", preset), **presets[preset], **given})
+    sources = [Path(__file__).with_name(f).read_bytes() for f in ("myopic_gpt.py", "synthetic.py")]
+    args.code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]       # stamps every record
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
     try:
         for name, value in given.items():
             low = 0 if name in ("seed", "max_iters", "learning_rate", "dropout", "b") else 1
             if type(value) in (int, float) and not low <= value < math.inf:     # nan fails, too
                 raise Refusal(f"{name} is {value}: give a number, at least {low}")
-        args.arms = [arm for arm in dict.fromkeys(args.arms) if arm_fields(arm)]
+        args.arms = sorted(dict.fromkeys(args.arms),            # a teacher before its pupils
+                           key=lambda arm: arm_fields(arm)["past"] == "frozen")
         if args.device not in ["auto", *here]:
             raise Refusal(f"device {args.device} is not available here: use --device auto")
         args.device = here[0] if args.device == "auto" else args.device
@@ -736,10 +724,12 @@ def run_command(parser, presets, argv, body):
             raise Refusal(f"--compile is for CUDA and the device is {args.device}: leave it out")
         args.out_dir.mkdir(parents=True, exist_ok=True)
         body(args)
-    except Refusal as refusal:
-        parser.error(" ".join(str(refusal).split()))
+    except torch.cuda.OutOfMemoryError:
+        parser.exit(2, f"{parser.prog}: error: CUDA is out of memory: lower --batch_size\n")
+    except Refusal as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except OSError as error:
-        parser.error(f"out_dir {args.out_dir} cannot be written to ({error}): name another one")
+        parser.exit(2, f"{parser.prog}: error: {error}; name an --out_dir that can be written\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\ninterrupted: {args.out_dir} keeps what is done; run again to go on\n")
 
@@ -752,7 +742,7 @@ PRESETS = {     # shapes: (n_layer, n_head, n_embd) of further models, for the g
                   shapes=[(1, 1, 8)], batch_size=8, max_iters=10, learning_rate=2e-3, save_every=5,
                   eval_windows=32, minutes_per_run=0.02),
     "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, shapes=[], batch_size=32,
-                  max_iters=500, learning_rate=5e-3, save_every=250, eval_windows=256,
+                  max_iters=450, learning_rate=5e-3, save_every=150, eval_windows=256,
                   minutes_per_run=0.6),
     "full": dict(COMMON, seeds=3, n_layer=4, n_head=4, n_embd=128, tokens=["byte", "word"],
                  shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], batch_size=32, max_iters=750,
@@ -769,9 +759,11 @@ def build_model(s, text, args):
     """The model in its arm, from scratch (same seed, same weights in every arm) or --init_from."""
     vanilla, fields, teacher = {**s, "arm": "vanilla"}, arm_fields(s["arm"]), None
     if fields["past"] == "frozen":
-        teacher, saved = load_checkpoint(checkpoint_path(vanilla, args.out_dir), args.device)
-        if saved["config"].get("settings") != vanilla or saved["iter_num"] < s["max_iters"]:
-            raise Refusal(f"{s['arm']} needs vanilla of the same settings: train it, with --fresh")
+        path, saved = checkpoint_path(vanilla, args.out_dir), {}
+        if path.exists():
+            teacher, saved = load_checkpoint(path, args.device)
+        if saved.get("iter_num") != s["max_iters"] or saved["config"].get("settings") != vanilla:
+            raise Refusal(f"arm {s['arm']} needs the trained {path}: add --arms vanilla --fresh")
     torch.manual_seed(s["seed"])
     start = load_checkpoint(args.init_from)[0] if args.init_from else GPT(GPTConfig(
         s["block_size"], text.vocab_size, s["n_layer"], s["n_head"], s["n_embd"]))
@@ -785,23 +777,23 @@ def build_model(s, text, args):
 def run_text(s, text, args):
     """Train in one arm, or go on where its checkpoint stopped; -> the numbers of its record."""
     T, device, path = s["block_size"], args.device, checkpoint_path(s, args.out_dir)
+    rng = torch.cuda if device == "cuda" else torch             # of the dropout masks
+    saved = load_checkpoint(path, device)[1] if path.exists() else {"config": {}}
     model = build_model(s, text, args)
     optimizer = model.configure_optimizers(0.1, s["learning_rate"], device_type=device)
     generator, curve, first = torch.Generator().manual_seed(s["seed"]), [], 0
-    if path.exists():
-        trained, saved = load_checkpoint(path, device)
-        if saved["config"].get("settings") == s:
-            model.load_state_dict(trained.state_dict())
-            optimizer.load_state_dict(saved["optimizer"])
-            generator.set_state(saved["batch_rng"].cpu())
-            torch.set_rng_state(saved["dropout_rng"].cpu())
-            curve, first = saved["config"]["curve"], saved["iter_num"]
+    if saved["config"].get("settings") == s and saved["config"]["code"] == args.code:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["batch_rng"].cpu())
+        rng.set_rng_state(saved["dropout_rng"].cpu())
+        curve, first = saved["config"]["curve"], saved["iter_num"]
     # memory-mapped tokens stay on disk; others go to the device, where batches are then made
     tokens = torch.tensor(text.train.astype("i4"), device=device) if text.words else text.train
 
     loss_of = lambda split: token_losses(model, split, args.eval_windows, T)[0].mean().item()
 
-    def next_batch():
+    def next_batch(step):
         starts = torch.randint(len(tokens) - T, (s["batch_size"],), generator=generator)
         return [t.to(device) for t in windows(tokens, starts, T)]
 
@@ -810,10 +802,11 @@ def run_text(s, text, args):
             curve.append([n, loss_of(text.train), loss_of(text.val)])
         if n % args.save_every == 0 or n == s["max_iters"]:
             save_checkpoint(path, model, optimizer, n, batch_rng=generator.get_state(),
-                            dropout_rng=torch.get_rng_state(), more=dict(
-                                settings=s, curve=curve, tokens=text.kind, words=text.words))
+                            dropout_rng=rng.get_rng_state(), more=dict(
+                                settings=s, code=args.code, curve=curve, tokens=text.kind,
+                                words=text.words))
 
-    if first == 0:
+    if not curve:
         after_step(0)
     train(model, optimizer, next_batch, steps=s["max_iters"], learning_rate=s["learning_rate"],
           floor=0.1, first=first, grad_accum=s["gradient_accumulation_steps"], dtype=s["dtype"],
@@ -833,10 +826,13 @@ def run_text(s, text, args):
 
 
 def gaps(arms, names, value):
-    """{name: value(record) minus that of vanilla with the same seed, one entry per such pair}."""
-    pairs = {name: [(r, arms["vanilla"][seed]) for seed, r in arms.get(name, {}).items()
-                    if seed in arms.get("vanilla", {})] for name in names}
-    return {n: [np.subtract(value(r), value(v)) for r, v in rs] for n, rs in pairs.items() if rs}
+    """{name: {seed: value(record) minus that of vanilla with the same seed}}, where both are."""
+    base, found = arms.get("vanilla", {}), {}
+    for name in names:
+        pairs = {seed: (r, base[seed]) for seed, r in arms.get(name, {}).items() if seed in base}
+        if pairs:
+            found[name] = {seed: np.subtract(value(r), value(v)) for seed, (r, v) in pairs.items()}
+    return found
 
 
 def plot_passage(vanilla, myopic, path, caption):
@@ -882,17 +878,19 @@ def report(records, out_dir):
     final, by_position = (lambda r: r["val_loss"]), (lambda r: r["loss_by_position"])
     fig, ((ax,),) = new_figure(width=6.5, height=2.6)
     for arm, runs in arms.items():
-        losses, look = [final(r) for r in runs.values()], LOOKS.get(arm, ("#777777", "-", "."))
-        ax.plot(losses, [f"{arm}  {mean_sd(losses, 3)}"] * len(losses), look[2], color=look[0])
+        losses = [final(r) for r in runs.values()]
+        colour, _, marker = LOOKS.get(arm, LOOKS["other"])
+        ax.plot(losses, [f"{arm}  {mean_sd(losses, 3)}"] * len(losses), marker, color=colour)
     ax.invert_yaxis()
     ax.set(title="Final loss of every arm, a mark per seed", xlabel="loss (nats per token)")
     save_figure(fig, out_dir / file("text_arms"), caption)
     if "myopic" in gaps(arms, arms, final):
         fig, ((top,), (low,)) = new_figure(rows=2, width=6, height=2.9, sharex=True)
         draw_lines(top, range(r["block_size"]), {
-            arm: [by_position(r) for r in runs.values()] for arm, runs in arms.items()},
+            arm: {seed: by_position(r) for seed, r in runs.items()} for arm, runs in arms.items()},
             title="Loss at every position", ylabel="loss (nats per token)")
-        draw_lines(low, range(r["block_size"]), gaps(arms, arms.keys() - {"bigram"}, by_position),
+        own = [arm for arm in arms if arm != "bigram"]
+        draw_lines(low, range(r["block_size"]), gaps(arms, own, by_position),
                    xlabel="position in the window", ylabel=loss_gap)
         save_figure(fig, out_dir / file("text_positions"), caption)
         fig, ((ax,),) = new_figure(width=5.5)
@@ -906,17 +904,19 @@ def report(records, out_dir):
     ns = [n for n in sorted(sizes) if set(cuts) <= gaps(sizes[n], cuts, final).keys()]
     if len(ns) > 1:
         fig, ((ax,),) = new_figure(width=5.5)
-        by_size = {a: zip(*(gaps(sizes[n], cuts, final)[a] for n in ns)) for a in cuts}
-        draw_lines(ax, ns, {a: list(g) for a, g in by_size.items()}, xscale="log",
-                   title="The gap and the model's size", xlabel="parameters", ylabel=loss_gap)
+        by_size = [gaps(sizes[n], cuts, final) for n in ns]
+        both = set.intersection(*(set(g[a]) for g in by_size for a in cuts))
+        draw_lines(ax, ns, {a: {s: [g[a][s] for g in by_size] for s in both} for a in cuts},
+                   xscale="log", title="The gap and the model's size", xlabel="parameters",
+                   ylabel=loss_gap)
         save_figure(fig, out_dir / file("text_sizes"), about)
     rows = []
     for n, arm, runs in [(n, arm, sizes[n][arm]) for n in sorted(sizes) for arm in sizes[n]]:
         value = lambda key: mean_sd([r[key] for r in runs.values()], 3)
-        gap = gaps(sizes[n], [arm, "bigram"], final)
-        share = [100 * g / w for g, w in zip(gap.get(arm, []), gap.get("bigram", [])) if w]
+        gap, whole = (gaps(sizes[n], [a], final).get(a, {}) for a in (arm, "bigram"))
+        share = [100 * gap[seed] / whole[seed] for seed in gap if whole.get(seed)]
         rows.append([f"{n:,}", arm, str(len(runs)), value("val_loss"), value("train_loss"),
-                     mean_sd(gap.get(arm, []), 3), mean_sd(share, 1)])
+                     mean_sd(gap.values(), 3), mean_sd(share, 1)])
     print_table(f"Language model, {about}", [
         "parameters", "arm", "n", "val loss", "train loss", "− vanilla", "% of bigram's"], rows,
         "nats per token, mean ± sd over n seeds\nthe paper, another task (GPT-2 124M, MS MARCO): "
@@ -948,35 +948,35 @@ def experiments(args):
     if args.init_from:
         model, saved = load_checkpoint(args.init_from)
         c, start = model.config, saved["config"]
-        if args.block_size > c.block_size:
-            raise Refusal(f"block_size {args.block_size} is above the model's: give {c.block_size}")
-    shapes = [(c.n_layer, c.n_head, c.n_embd)]
-    preset = PRESETS[args.preset]
-    if shapes == [(preset["n_layer"], preset["n_head"], preset["n_embd"])]:
+    shapes, preset = [(c.n_layer, c.n_head, c.n_embd)], PRESETS[args.preset]
+    if shapes == [(preset["n_layer"], preset["n_head"], preset["n_embd"])] and not args.init_from:
         shapes += args.shapes
     [GPTConfig(args.block_size, 1, *shape, args.dropout) for shape in shapes]   # refuses bad ones
+    data, keys = " ".join(map(str, args.data or ["python"])), ("block_size", "dropout", "max_iters",
+        "batch_size", "gradient_accumulation_steps", "dtype", "compile")
     for kind in [start["tokens"]] if start.get("words") else args.tokens:
-        text, sha = None, next((r["data_sha256"] for r in records[::-1] if r["tokens"] == kind), "")
-        if not args.plot_only:
+        if args.plot_only:      # the text is not read again: take the last one of this name
+            text, old = None, [r for r in records if (r["data"], r["tokens"]) in (
+                (data, kind), (data, "bin"))]
+            kind, sha = (old[-1]["tokens"], old[-1]["data_sha256"]) if old else (kind, None)
+        else:
             text = load_text(args.data, kind, args.vocab_size, start.get("words"))
             sha, kind, n = text.sha256, text.kind, min(len(text.train), len(text.val))
             if n <= args.block_size:
-                raise Refusal(f"block_size {args.block_size} is not below {n}, the size of a split:"
-                              " give more text, or lower --block_size")
+                raise Refusal(f"block_size {args.block_size} is not below {n}, the size of a split "
+                              f"of --data {data}: give more text, or lower --block_size")
             if args.init_from and (kind, text.vocab_size) != (start.get("tokens", "bin"),
                                                               c.vocab_size):
                 raise Refusal(f"{text.vocab_size} {kind} tokens do not fit {args.init_from}: give "
                               f"its own --data, and --vocab_size {c.vocab_size}")
-        shared = {k: getattr(args, k) for k in (
-            "block_size", "dropout", "batch_size", "gradient_accumulation_steps", "max_iters",
-            "dtype", "compile")}
-        wanted = [dict(task="text", arm=arm, seed=seed, n_layer=l, n_head=h, n_embd=C, tokens=kind,
-                       data=" ".join(map(str, args.data or ["python"])), data_sha256=sha,
-                       init_from=args.init_from and str(args.init_from), **shared,
+        # wider models learn slower; the arms with another past are for the main size only
+        wanted = [dict({k: getattr(args, k) for k in keys}, task="text", arm=arm, seed=seed,
+                       n_layer=l, n_head=h, n_embd=C, tokens=kind, data=data, data_sha256=sha,
+                       init_from=args.init_from and str(args.init_from),
                        learning_rate=args.learning_rate * math.sqrt(c.n_embd / C))
                   for l, h, C in shapes for seed in range(args.seed, args.seed + args.seeds)
                   for arm in args.arms if C == c.n_embd or arm_fields(arm)["past"] == "own"]
-        for s in wanted if args.fresh else []:
+        for s in wanted if args.fresh and not args.plot_only else []:
             checkpoint_path(s, args.out_dir).unlink(missing_ok=True)
         run = functools.partial(run_text, text=text, args=args)
         report(run_experiments(path, wanted, ("arm", "seed"), run, args), args.out_dir)
@@ -991,7 +991,7 @@ def main(argv=None):
     add("--vocab_size", type=int, default=None, metavar="N", help="words, .bin")
     add("--dropout", type=float, default=0.0, metavar="X", help="while training")
     add("--save_every", type=int, metavar="N", help="steps between checkpoints")
-    add("--init_from", type=Path, default=None, help="start from this checkpoint (ours, nanoGPT's)")
+    add("--init_from", type=Path, default=None, help="start from this checkpoint and its shape")
     add("--sample", metavar="TEXT", default=None, help="only continue TEXT with a trained model")
     run_command(parser, PRESETS, argv, experiments)
 

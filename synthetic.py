@@ -37,9 +37,9 @@ PRESETS = {     # b_start: the frequency that training begins with, see next_bat
                  n_embd=128, batch_size=512, max_iters=11718, eval_sequences=8192,
                  learning_rate=1e-3, minutes_per_run=1.0, minutes_on="one H200"),
 }
-PAPER = {   # Huber / p of the paper's runs: one seed, a = b = 10; at p = 1 its myopic has 3 layers
+PAPER = {   # Huber / p of the paper's runs: one seed, a = b = 10
     0.01: dict(vanilla=0.096, myopic=1.10), 0.1: dict(vanilla=0.016, myopic=0.97),
-    0.3: dict(vanilla=0.0030, myopic=1.03), 1.0: dict(vanilla=0.0074, myopic=1.26)}
+    0.3: dict(vanilla=0.0030, myopic=1.03), 1.0: dict(vanilla=0.0074)}  # myopic: 1.26 with 3 layers
 LOOKBACKS = 16
 
 
@@ -130,7 +130,8 @@ def correlations(states, targets):
 
 
 def probe_model(model, s, device, pictures):
-    """Probe every layer for sin(b x_{n-i}): R^2 [layer][lookback]; data of the figures if asked."""
+    """Probe the residual stream after every block (0: the embedding; 1: after block 1, its MLP
+    included) for sin(b x_{n-i}): R^2 [layer][lookback]; with data for the figures if asked."""
     generator, K = torch.Generator(device).manual_seed(20_000), min(LOOKBACKS, s["block_size"] // 2)
     draws = [sample_batch(s["eval_sequences"] // 2, s["block_size"], s["p"], s["a"], s["b"],
                           generator)[0] for _ in ("train", "test")]
@@ -157,15 +158,14 @@ def run_precache(s, device, pictures):
     batches = torch.Generator(device).manual_seed(1_000 + s["seed"])
     x, y = sample_batch(s["eval_sequences"], s["block_size"], s["p"], s["a"], s["b"],
                         torch.Generator(device).manual_seed(10_000))
-    untrained, curve, done = probe_model(model, s, device, pictures), [], 0
+    untrained = probe_model(model, s, device, pictures)         # the control: same seed, step 0
+    curve = []
 
-    def next_batch():       # from easy to hard, for every arm alike: b rises over 60% of the steps
-        b = min(s["b"], s["b_start"] + (s["b"] - s["b_start"]) * done / (0.6 * s["max_iters"]))
+    def next_batch(step):   # from easy to hard, alike in every arm: b rises over the first 60%
+        b = min(s["b"], s["b_start"] + (s["b"] - s["b_start"]) * step / (0.6 * s["max_iters"]))
         return sample_batch(s["batch_size"], s["block_size"], s["p"], s["a"], b, batches)
 
     def after_step(n):
-        nonlocal done
-        done = n
         if n % max(1, s["max_iters"] // 20) == 0:
             curve.append([n, huber_losses(model, x[:512], y[:512], s["p"])["ratio"]])
 
@@ -206,7 +206,8 @@ def plot_evidence(records, out_dir):
     fig, ((left, right),) = mg.new_figure(2, width=4.8, height=3.5)
     left.axhline(1, color="#999999", linewidth=0.8)
     mg.draw_lines(left, [n for n, _ in r["curve"]], {
-        arm: [[ratio for _, ratio in r["curve"]] for r in runs] for arm, runs in arms.items()},
+        arm: {r["seed"]: [ratio for _, ratio in r["curve"]] for r in runs}
+        for arm, runs in arms.items()},
         title="Who learns the task?", xlabel="training steps", ylim=(0, 1.6),
         ylabel="loss / loss of the trivial predictor")
     draw_probe(right, arms, 1, f"Whose layer 1 prepares sin({r['b']:g}·x) for later?")
@@ -216,12 +217,13 @@ def plot_evidence(records, out_dir):
 
 def draw_probe(ax, arms, layer, title):
     """R^2 of the probe for sin(b x_{n-i}) against the lookback i, for every arm and the control."""
-    lines = {arm: [r["probe_r2"][layer] for r in runs] for arm, runs in arms.items()}
-    control = {r["seed"]: r["probe_r2_untrained"][layer] for runs in arms.values() for r in runs}
-    lines["untrained"] = list(control.values())
-    mg.draw_lines(ax, range(len(lines["untrained"][0])), lines, label_at=0, title=title,
+    lines = {arm: {r["seed"]: r["probe_r2"][layer] for r in runs} for arm, runs in arms.items()}
+    lines["untrained"] = {r["seed"]: r["probe_r2_untrained"][layer]
+                          for runs in arms.values() for r in runs}
+    lookbacks = range(len(next(iter(lines["untrained"].values()))))
+    mg.draw_lines(ax, lookbacks, lines, label_at=0, title=title,
                   xlabel="lookback i", ylabel="probe R² for the sine i back", ylim=(-0.05, 1.05),
-                  xticks=range(0, len(lines["untrained"][0]), 5))
+                  xticks=lookbacks[::5])
 
 
 def plot_probes(records, out_dir):
@@ -271,7 +273,8 @@ def plot_sine(records, out_dir):
     fig, (row,) = mg.new_figure(len(estimates), width=2.7, height=2.6, sharey=True)
     for ax, (arm, estimate) in zip(row, estimates.items()):
         ax.plot(grid, np.sin(first["b"] * grid), color="#bbbbbb", linewidth=1)
-        ax.plot(first["sine_x"], estimate, ".", markersize=3, color=mg.LOOKS.get(arm, "k")[0])
+        colour, _, _ = mg.LOOKS.get(arm, mg.LOOKS["other"])
+        ax.plot(first["sine_x"], estimate, ".", markersize=3, color=colour)
         ax.set(title=arm.replace("_", " "), xlabel="x at n", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
     row[0].set_ylabel(f"sin({first['b']:g}·x)")
     mg.save_figure(fig, out_dir / "precache_sine.png", "dots: what a linear probe of layer 1 at "
@@ -287,10 +290,12 @@ def plot_by_p(records, out_dir):
     fig, ((ax,),) = mg.new_figure(width=5.5, height=3.8)
     for arm in arms if same_task(records[0]) else []:
         ax.plot(ps, [PAPER[p].get(arm) for p in ps], "*", markersize=10, markerfacecolor="none",
-                color=mg.LOOKS.get(arm, "k")[0])
-    loss_at = lambda arm, p: [r["huber_over_p"] for r in by_arm(records, p)[arm]]
-    losses = {arm: [loss_at(arm, p) for p in ps] for arm in arms}
-    mg.draw_lines(ax, ps, {arm: list(zip(*rows)) for arm, rows in losses.items()}, xscale="log",
+                color=mg.LOOKS.get(arm, mg.LOOKS["other"])[0])
+    loss = {(r["arm"], r["seed"], r["p"]): r["huber_over_p"] for r in records}
+    seeds = [s for s in {r["seed"] for r in records}
+             if all((a, s, p) in loss for a in arms for p in ps)]
+    lines = {a: {s: [loss[a, s, p] for p in ps] for s in seeds} for a in arms}
+    mg.draw_lines(ax, ps, lines if seeds else {}, xscale="log",
                   yscale="log", xlabel="p: how often the answer needs the sines",
                   ylabel="Huber loss / p", title="The cost of not planning ahead")
     mg.save_figure(fig, out_dir / "precache_p.png",
@@ -298,7 +303,7 @@ def plot_by_p(records, out_dir):
 
 
 def same_task(record):
-    """Are this the paper's task and model, so that its numbers may stand beside ours?"""
+    """Is this the paper's task and model, so that its numbers may stand beside ours?"""
     paper = dict(a=10, b=10.0, block_size=64, n_layer=2, n_head=2, n_embd=128)
     return record["p"] in PAPER and all(record[k] == v for k, v in paper.items())
 
@@ -326,7 +331,8 @@ def experiments(args):
     for arm in args.arms:
         if mg.arm_fields(arm)["past"] == "frozen":
             raise mg.Refusal(f"arm {arm} is for text: leave it out here, or call myopic_gpt.py")
-    for name, value, high in [("p", p, 1) for p in args.p] + [("b", args.b, math.inf)]:
+    for name, value, high in [*(("p", p, 1) for p in args.p), ("b", args.b, math.inf),
+                              ("b_start", args.b_start, math.inf)]:
         if not 0 < value <= high:
             raise mg.Refusal(f"{name} is {value}: give a number above 0 and at most {high}")
     if args.a >= args.block_size:
@@ -355,6 +361,7 @@ def main(argv=None):
     add("--p", type=float, nargs="+", metavar="P", help="how often the answer needs the sines")
     add("--a", type=int, metavar="N", help="how many sines are summed")
     add("--b", type=float, metavar="X", help="frequency of the sine")
+    add("--b_start", type=float, metavar="X", help="frequency that training begins with")
     mg.run_command(parser, PRESETS, argv, experiments)
 
 

@@ -62,7 +62,6 @@ def gradients(model, idx, targets):
 
 
 # ------------------------ the definition, literally
-
 def literal_gradient(model, idx, targets, which, owner):
     """The gradient of the mean loss by the definition: position j computes with its copy theta_j.
 
@@ -130,7 +129,6 @@ def test_float32_gradient(arm):
 
 
 # ------------------------ the attention function
-
 def attention_inputs(T, C=12, bias=True, dtype=torch.float64):
     """x, w, b (leaves that require gradients) and a random dy."""
     g = torch.Generator().manual_seed(0)
@@ -261,7 +259,6 @@ def test_one_line_makes_nanogpt_myopic():
 
 
 # ------------------------ facts about the idea
-
 @mark.parametrize("arm, leaks", [("vanilla", True), ("myopic", False), ("myopic_kv", False)])
 def test_no_loss_leaks_into_the_past(arm, leaks):
     model, (idx, targets) = make_gpt(n_layer=3, **mg.ARMS[arm]), batch(7, B=1)
@@ -293,7 +290,6 @@ def test_a_key_hears_every_reader_from_itself_on(route):
 
 
 # ------------------------ the synthetic task
-
 def test_sample_batch_is_the_definition():
     a, b, T = 3, 4.0, 9
     draw = lambda: synthetic.sample_batch(5, T, 0.5, a, b, torch.Generator().manual_seed(0))
@@ -343,7 +339,6 @@ def test_frequency_rises_to_its_goal(monkeypatch, tmp_path):
 
 
 # ------------------------ training
-
 def test_arms_share_start_and_forward_pass():
     def built(arm):
         torch.manual_seed(3)
@@ -376,7 +371,7 @@ def test_block_size_is_kept():
 def test_gradient_accumulation_is_one_large_batch():
     def trained(parts):
         model, left = make_gpt(), iter(parts)
-        mg.train(model, model.configure_optimizers(0.1, 1e-2), lambda: next(left), steps=1,
+        mg.train(model, model.configure_optimizers(0.1, 1e-2), lambda step: next(left), steps=1,
                  learning_rate=1e-2, grad_accum=len(parts))
         return dict(model.named_parameters())
     idx, targets = batch(6, B=4)
@@ -390,7 +385,7 @@ def test_training_learns(dtype):
     model = mg.GPT(mg.GPTConfig(8, 11, 2, 2, 16, horizon=0))
     x, y = torch.arange(8).repeat(4, 1), torch.arange(1, 9).repeat(4, 1)
     before = model(x, y)[1].item()
-    mg.train(model, model.configure_optimizers(0.1, 1e-2), lambda: (x, y), steps=30,
+    mg.train(model, model.configure_optimizers(0.1, 1e-2), lambda step: (x, y), steps=30,
              learning_rate=1e-2, dtype=dtype)
     assert model(x, y)[1].item() < 0.5 * before
 
@@ -398,7 +393,7 @@ def test_training_learns(dtype):
 def test_a_loss_that_is_not_finite_stops():
     model, steps = make_gpt(torch.float32), []
 
-    def next_batch():
+    def next_batch(step):
         if len(steps) == 3:
             nn.init.constant_(model.lm_head.weight, math.inf)
         return batch(6)
@@ -408,7 +403,6 @@ def test_a_loss_that_is_not_finite_stops():
 
 
 # ------------------------ text and checkpoints
-
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -440,8 +434,10 @@ def test_text_is_split_by_document(tmp_path):
                   for tokens in (text.train, text.val))
     assert val == {"document0", "document10", "document20"}
     assert train.isdisjoint(val) and len(train) == 22
-    alone = mg.load_text([write(tmp_path / "one.txt", "abcdefghij" * 10)])
-    assert (len(alone.train), len(alone.val)) == (90, 10)
+    one, two = (write(tmp_path / f"{n}.txt", n * 1000) for n in ("a", "b"))
+    for files, sizes in (([one], (900, 100)), ([one, two], (1801, 201))):
+        few = mg.load_text(files)
+        assert (len(few.train), len(few.val)) == sizes
 
 
 def test_words(tmp_path):
@@ -468,12 +464,13 @@ def test_python_brings_its_own_text():
     assert sum(map(len, documents)) > 1_000_000 and all("\n" in d for d in documents)
 
 
-def test_resume_is_bitwise_the_same(tmp_path, monkeypatch):
+@mark.parametrize("last", [0, 4])
+def test_resume_is_bitwise_the_same(tmp_path, monkeypatch, last):
     flags, save = "--n_embd 8 --save_every 4 --arms myopic --dropout 0.2", mg.save_checkpoint
 
     def interrupted(path, model, optimizer, step, **more):
         save(path, model, optimizer, step, **more)
-        if step == 4:
+        if step == last:
             raise KeyboardInterrupt
     a, b = tmp_path / "a", tmp_path / "b"
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
@@ -493,14 +490,17 @@ def test_evaluation_is_deterministic_with_dropout():
     assert torch.equal(first, second) and model.training and first.shape == (5, 8)
 
 
+SEVEN = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
 def nanogpt_checkpoint(path, **extra):
     """nanoGPT's file, after torch.compile, with a mask buffer as its old versions had it."""
     model = make_gpt(torch.float32)
     state = {"_orig_mod." + k: v for k, v in model.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
     torch.save(dict(model=state, optimizer={}, iter_num=7, best_val_loss=torch.tensor(2.0),
-                    model_args={k: getattr(model.config, k) for k in mg.MODEL_ARGS},
-                    config=dict(dataset="x", learning_rate=1e-3), **extra), path)
+                    model_args={k: getattr(model.config, k) for k in SEVEN},
+                    config=dict(dataset="x", block_size=999, learning_rate=1e-3), **extra), path)
     return model
 
 
@@ -525,8 +525,7 @@ def test_our_checkpoint_is_nanogpts_and_writes_text(tmp_path, capsys):
     assert saved["config"]["horizon"] == 0 and saved["config"]["tokens"] == "byte"
     plain = mg.GPT(mg.GPTConfig(**saved["model_args"]))
     plain.load_state_dict(saved["model"], strict=True)
-    assert sorted(saved["model_args"]) == [                     # exactly nanoGPT's names
-        "bias", "block_size", "dropout", "n_embd", "n_head", "n_layer", "vocab_size"]
+    assert sorted(saved["model_args"]) == sorted(SEVEN)
     layers = ["ln_f", *(f"h.{l}.{name}" for l in (0, 1) for name in (
         "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"))]
     assert set(saved["model"]) == {
@@ -555,7 +554,6 @@ def test_pickled_objects_are_refused_and_do_not_run(tmp_path):
 
 
 # ------------------------ command lines and records
-
 def test_runs_are_recorded_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mg, "save_figure", Mock())
     run = lambda flags: call(synthetic, tmp_path / "out", "--max_iters 2 " + flags)
@@ -602,7 +600,7 @@ BOTH = [
     ("--arms horizon_-1", "arm horizon_-1 is unknown"), ("--compile", "--compile is for"),
     ("--preset huge", "invalid choice: 'huge'"), ("--device tpu", "invalid choice: 'tpu'"),
     ("--seed x", "invalid int value: 'x'"), ("--plot_only", "no results for these settings"),
-    ("--out_dir FILE", "out_dir FILE cannot"), ("--out_dir DAMAGED", "results file DAMAGED")]
+    ("--out_dir FILE", "name an --out_dir that can"), ("--out_dir DAMAGED", "results file DAMAGED")]
 SYNTHETIC = [
     *numbers("p 0, p 1.5, p nan, a 0, a 12, b inf, b 0, b nan"),
     ("--arms local_myopic", "arm local_myopic is for text")]
@@ -612,9 +610,10 @@ LANGUAGE = [
     ("--data LATIN", "--data LATIN"), ("--data FILE", "block_size 16 is not below 1, the size"),
     ("--data BINS", "--data BINS holds token 60000"), ("--data HALF", "val.bin: [Errno 2]"),
     ("--init_from MISSING", "checkpoint MISSING"), ("--init_from FILE", "checkpoint FILE"),
-    ("--init_from LONG", "block_size 16 is above"),
+    ("--init_from LONG", "byte tokens do not fit LONG"),
+    ("--init_from LONG --data GOOD --vocab_size 11", "do not fit block_size 8"),
     ("--init_from CUT", """checkpoint CUT cannot be used (Refusal("cut is 'middle'"""),
-    ("--arms local_myopic", "vanilla_byte_2x32_seed0.pt cannot be used"),
+    ("--arms local_myopic", "arm local_myopic needs the trained"),
     ("--sample x", "vanilla_byte_2x32_seed0.pt cannot be used"),
     ("--sample= --init_from OURS", "--sample is empty")]
 
@@ -628,6 +627,7 @@ def test_bad_input_is_refused(tmp_path, capsys, script, flags, said):
     (tmp_path / "LATIN").write_bytes("déjà vu".encode("latin-1") * 100)
     write_bins(tmp_path / "BINS", [60000] * 100)
     write_bins(tmp_path / "HALF", [60000] * 100, ["train"])
+    write_bins(tmp_path / "GOOD", [7] * 100)
     nanogpt_checkpoint(tmp_path / "LONG")                                       # block_size 8
     saved, words = torch.load(tmp_path / "LONG", weights_only=True), [chr(n) for n in range(256)]
     torch.save({**saved, "config": dict(cut="middle")}, tmp_path / "CUT")
