@@ -741,12 +741,12 @@ PRESETS = {     # shapes: (n_layer, n_head, n_embd) of further models, for the g
     "smoke": dict(COMMON, seeds=1, block_size=16, n_layer=2, n_head=2, n_embd=32,
                   shapes=[(1, 1, 8)], batch_size=8, max_iters=10, learning_rate=2e-3, save_every=5,
                   eval_windows=32, minutes_per_run=0.02),
-    "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, shapes=[], batch_size=32,
-                  max_iters=450, learning_rate=5e-3, save_every=150, eval_windows=256,
+    "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, shapes=[], batch_size=16,
+                  max_iters=700, learning_rate=3e-3, save_every=350, eval_windows=256,
                   minutes_per_run=0.6),
     "full": dict(COMMON, seeds=3, n_layer=4, n_head=4, n_embd=128, tokens=["byte", "word"],
-                 shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], batch_size=32, max_iters=750,
-                 learning_rate=4e-3, save_every=250, eval_windows=512, minutes_per_run=0.3,
+                 shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], batch_size=16, max_iters=1000,
+                 learning_rate=2e-3, save_every=500, eval_windows=512, minutes_per_run=0.3,
                  minutes_on="one H200"),
 }
 
