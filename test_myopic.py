@@ -105,7 +105,7 @@ def literal_gradient(model, idx, targets, which, owner):
 
 @mark.parametrize("layers", [1, 2, 3])
 @mark.parametrize("heads", [1, 2, 3])
-@mark.parametrize("bias, T", [(True, 1), (False, 1), (True, 2), (False, 3), (True, 5), (True, 7)])
+@mark.parametrize("bias, T", [(True, 1), (False, 2), (True, 3), (False, 5)])
 @mark.parametrize("arm, which, owner", [
     ("vanilla", "all", "writer"), ("vanilla", "all", "reader"),     # all: the owner does not matter
     ("myopic", "diagonal", "reader"), ("myopic_kv", "diagonal", "writer")])
