@@ -48,9 +48,10 @@ fi
 
 preset=""
 for word in "$@"; do
-    case "$word" in
+    case "${word%%=*}" in
         --preset|--arms|--device|--seeds|--seed|--out_dir|--fresh|--plot_only|--dtype|--compile) ;;
-        --preset=*|--arms=*|--device=*|--seeds=*|--seed=*|--out_dir=*|--dtype=*) ;;
+        --block_size|--n_layer|--n_head|--n_embd|--batch_size|--max_iters|--learning_rate) ;;
+        --gradient_accumulation_steps|--help) ;;
         --*) echo "run_all.sh: $word belongs to one of the scripts: call synthetic.py or myopic_gpt.py with it" >&2
              exit 2 ;;
     esac
