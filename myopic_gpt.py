@@ -21,6 +21,7 @@ way no gradient goes from i to x_j. After Wu, Morris, Levine (2024), arXiv 2404.
     python myopic_gpt.py                        # five arms on the English that ships with Python
     python myopic_gpt.py --init_from ckpt.pt --data data/ --arms vanilla myopic --learning_rate 1e-4
     python myopic_gpt.py --sample "The "        # write text with the trained vanilla model
+    python myopic_gpt.py --bench                # what every way of attention costs
 
 Letters in shapes: B batch, T positions, C = n_embd channels, nh heads of size hs = C/nh, V tokens.
 The gradient of the loss with respect to X is called dX and has X's shape.
@@ -35,7 +36,6 @@ import math
 import platform
 import re
 import sys
-import sysconfig
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich import console, table
+from torch.utils import benchmark
 from tqdm import tqdm
 
 # ------------------------ configuration
@@ -73,8 +74,7 @@ class GPTConfig:
     """nanoGPT's seven fields and the arm's three: see ARMS.
 
     A horizon h > 0 is neither gradient of the definition but a road between the two: over n_layer
-    layers a gradient may travel n_layer * h positions. h >= T - 1 is the same as None.
-    """
+    layers a gradient may travel n_layer * h positions. h >= T - 1 is the same as None."""
     block_size: int = 64
     vocab_size: int = 256
     n_layer: int = 4
@@ -87,11 +87,10 @@ class GPTConfig:
     past: str = "own"
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise Refusal(f"{name} is {getattr(self, name)}: make it at least 1")
         for name, good, mend in (
-                ("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head, {self.n_head}"),
+                *((name, getattr(self, name) >= 1, "at least 1") for name in (
+                    "block_size", "vocab_size", "n_layer", "n_head", "n_embd")),
+                ("n_embd", self.n_embd % (self.n_head or 1) == 0, f"a multiple of {self.n_head}"),
                 ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
                 ("horizon", self.horizon is None or self.horizon >= 0, "None, 0 or more"),
                 ("cut", self.cut in ("hidden", "kv"), "'hidden' or 'kv'"),
@@ -109,8 +108,8 @@ def plain_forward(q, k, v):
 
     q, k, v (B, nh, T, hs) -> out (B, nh, T, hs), lse (B, nh, T), float32 at least; s = 1/sqrt(hs).
     """
-    S = (q @ k.transpose(-2, -1)).to(row_dtype(q)) / math.sqrt(q.size(-1))      # (B, nh, T, T)
-    S = S.masked_fill(torch.ones_like(S[0, 0], dtype=torch.bool).triu(1), -math.inf)
+    S = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.size(-1))
+    S = S.masked_fill(torch.ones_like(S[0, 0], dtype=torch.bool).triu(1), -math.inf)  # (.., T, T)
     lse = S.logsumexp(-1)                                                       # (B, nh, T)
     return (S - lse[..., None]).exp().to(v.dtype) @ v, lse
 
@@ -118,24 +117,18 @@ def plain_forward(q, k, v):
 def plain_backward(dout, q, k, v, out, lse):
     """dS_ij = P_ij (G_i.v_j - G_i.out_i), G = dout; then dq = s dS k, dk = s dS^T q, dv = P^T G.
 
-    All (B, nh, T, hs) but lse (B, nh, T) -> dq, dk, dv.
-    """
+    All (B, nh, T, hs) but lse (B, nh, T) -> dq, dk, dv."""
     s = 1 / math.sqrt(q.size(-1))
-    S = s * (q @ k.transpose(-2, -1)).to(lse.dtype)                             # (B, nh, T, T)
+    S = s * (q @ k.mT).to(lse.dtype)                                            # (B, nh, T, T)
     P = (S - lse[..., None]).exp().tril()                                       # (B, nh, T, T)
-    dS = P * (dout @ v.transpose(-2, -1) - rowdot(dout, out)[..., None])        # (B, nh, T, T)
+    dS = P * (dout @ v.mT - rowdot(dout, out)[..., None])                       # (B, nh, T, T)
     P, dS = P.to(q.dtype), (s * dS).to(q.dtype)
-    return dS @ k, dS.transpose(-2, -1) @ q, P.transpose(-2, -1) @ dout
-
-
-def row_dtype(t):
-    """Sums over a row are kept in float32 where the tensor itself is in half precision."""
-    return torch.promote_types(t.dtype, torch.float32)
+    return dS @ k, dS.mT @ q, P.mT @ dout                                       # (B, nh, T, hs)
 
 
 def rowdot(a, b):
     """a_i . b_i for every row: (B, nh, T, hs) twice -> (B, nh, T), in float32 at least."""
-    return (a.to(row_dtype(a)) * b).sum(-1)
+    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(-1)
 
 
 def split_heads(qkv, n_head):
@@ -156,8 +149,7 @@ def write_heard(dk, dv, G, q, k, v, out, lse, horizon):
         dk^h_j = s sum_i dS_ij q_i            dv^h_j = sum_i P_ij G_i
 
     One shifted diagonal per lag i - j and no (T, T) matrix: horizon 0 is a few sweeps over q.
-    All (B, nh, T, hs), G the gradient of out, but lse (B, nh, T); dk, dv are written in place.
-    """
+    All (B, nh, T, hs), G the gradient of out, but lse (B, nh, T or more: one kernel pads it)."""
     T, s = q.size(2), 1 / math.sqrt(q.size(-1))
     G_dot_out = rowdot(G, out)                                                  # (B, nh, T)
     dk.zero_(), dv.zero_()
@@ -190,21 +182,21 @@ class MyopicAttention(torch.autograd.Function):
         q, k, v = split_heads(qkv, ctx.n_head)                                  # (B, nh, T, hs)
         G = dy.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2)                  # (B, nh, T, hs)
 
+        def learn():                    # what the weights learn from dqkv as it stands
+            db = dqkv.sum((0, 1)) if ctx.needs_input_grad[2] else None          # (3C,)
+            return dqkv.flatten(0, 1).T @ x.flatten(0, 1), db                   # (3C, C)
+
         # q_j hears its own position; k_j and v_j hear every reader of j
-        everyone = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
+        dqkv = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
             G, q, k, v, out, lse))                                              # (B, T, 3C)
-        # the stop-gradient: x_j hears only its readers within the horizon, itself first of all
-        heard = everyone
-        if ctx.horizon is not None:
-            heard = everyone.clone()                                            # (B, T, 3C)
-            _, dk, dv = split_heads(heard, ctx.n_head)                          # views into heard
-            lse = lse[..., :x.size(1)]                                          # one kernel pads it
+        if ctx.cut == "hidden":         # W_K and W_V are the reader's: they learn from everyone
+            dw, db = learn()
+        if ctx.horizon is not None:     # the stop-gradient: within the horizon alone, in place
+            _, dk, dv = split_heads(dqkv, ctx.n_head)                           # views into dqkv
             write_heard(dk, dv, G, q, k, v, out, lse, ctx.horizon)
-        # W_K and W_V are the reader's and learn from everyone, or the writer's and learn as x_j
-        learned = everyone if ctx.cut == "hidden" else heard
-        dw = learned.flatten(0, 1).T @ x.flatten(0, 1)                          # (3C, C)
-        db = learned.sum((0, 1)) if ctx.needs_input_grad[2] else None           # (3C,)
-        return heard @ w, dw, db, None, None, None, None
+        if ctx.cut == "kv":             # W_K and W_V are the writer's: they learn what x_j hears
+            dw, db = learn()
+        return dqkv @ w, dw, db, None, None, None, None
 
 
 def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
@@ -212,8 +204,7 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
 
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
     horizon, cut: see ARMS, GPTConfig. Obeys autocast. Raises Refusal for a bad value,
-    RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3.
-    """
+    RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3."""
     GPTConfig(n_head=n_head, n_embd=x.size(-1), horizon=horizon, cut=cut)       # refuses bad values
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -239,23 +230,11 @@ class CausalSelfAttention(nn.Module):
             y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)           # (B, T, C)
         else:
             q, k, v = split_heads(F.linear(x, w, b), c.n_head)                  # (B, nh, T, hs)
-            k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
+            past = 2 * [torch.zeros_like(k)]
             if c.past == "frozen":
-                _, k_past, v_past = split_heads(F.linear(teacher_x, w, b), c.n_head)
-            y = merge_heads(two_stream_attention(q, k, v, k_past, v_past))      # (B, T, C)
+                _, *past = split_heads(F.linear(teacher_x, w, b), c.n_head)
+            y = merge_heads(two_stream_attention(q, k, v, *past))               # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = nn.GELU()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))                # (B, T, C)
 
 
 class Block(nn.Module):
@@ -264,7 +243,11 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = nn.Sequential(collections.OrderedDict(
+            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias),
+            act=nn.GELU(),
+            c_proj=nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias),
+            dropout=nn.Dropout(config.dropout)))
 
     def forward(self, x, teacher_x=None):
         x = x + self.attn(self.ln_1(x), teacher_x)
@@ -303,9 +286,8 @@ class GPT(nn.Module):
             raise Refusal(f"{T} positions do not fit block_size {c.block_size}: raise it or cut")
         teacher_xs = [None] * c.n_layer
         if c.past == "frozen":
-            with torch.no_grad():
-                teacher_xs = [block.ln_1(x) for block, x in zip(self.teacher.transformer.h,
-                                                                self.teacher.hidden_states(idx))]
+            teacher_xs = [block.ln_1(x) for block, x in zip(self.teacher.transformer.h,
+                                                            self.teacher.hidden_states(idx))]
         states = [t.drop(t.wte(idx) + t.wpe.weight[:T])]                        # (B, T, C)
         for block, teacher_x in zip(t.h, teacher_xs):
             states.append(block(states[-1], teacher_x))                         # (B, T, C)
@@ -342,11 +324,8 @@ def two_stream_attention(q, k, v, k_past, v_past):
     """Attention that sees its own key and value at itself, and another stream's in the past.
 
         A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
-        Y = A v_past + diag(A) (v - v_past)
-
-    All (B, nh, T, hs) -> (B, nh, T, hs); for arms that differ in the forward pass.
-    """
-    S = (q @ k_past.transpose(-2, -1)).diagonal_scatter((q * k).sum(-1), 0, -2, -1)
+        Y = A v_past + diag(A) (v - v_past)                 all (B, nh, T, hs)"""
+    S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)            # (B, nh, T, T)
     future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)                 # (T, T)
     A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)  # (B, nh, T, T)
     return A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past)         # (B, nh, T, hs)
@@ -378,8 +357,6 @@ def fused_backward(dout, q, k, v, out, lse):
 @functools.cache
 def try_fused(device_type, dtype, head_size):
     """Do the fused kernels run here and agree with the plain ones? Tried once, on a small case."""
-    if device_type not in ("cpu", "cuda"):
-        return False
     try:
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             wave = torch.arange(4 * 8 * head_size, device=device_type).mul(0.7).sin().to(dtype)
@@ -395,10 +372,8 @@ def try_fused(device_type, dtype, head_size):
         return False
 
 
-@torch.compiler.assume_constant_result
-def fused_serves(device_type, dtype, head_size):
-    """What try_fused found. Apart from it, since torch.compile would trace through the cache."""
-    return try_fused(device_type, dtype, head_size)
+# what try_fused found; apart from it, since torch.compile would trace through its cache
+fused_serves = torch.compiler.assume_constant_result(lambda *case: try_fused(*case))
 
 
 # ------------------------ text
@@ -424,7 +399,7 @@ def python_documents():
         from pydoc_data.topics import topics
     except ImportError:
         topics = {}
-    library, documents = Path(sysconfig.get_paths()["stdlib"]), []
+    library, documents = Path(ast.__file__).parent, []
     left_out = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "site-packages"}
     for path in sorted(library.rglob("*.py")):
         if left_out.isdisjoint(path.relative_to(library).parts):
@@ -441,8 +416,7 @@ def load_text(paths=None, kind="byte", vocab_size=None, words=None):
 
     paths: None for Python's own English; text files and folders, each file a document; or nanoGPT's
     train.bin and val.bin, memory-mapped. words: a vocabulary, if not the training split's own.
-    -> train, val (1-d, uint16), kind ("byte", "word", "bin"), words or None, vocab_size, sha256.
-    """
+    -> train, val (1-d, uint16), kind ("byte", "word", "bin"), words or None, vocab_size, sha256."""
     name, data = " ".join(map(str, paths or ["python"])), [] if paths else python_documents()
     files = [f for p in paths or [] for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
     bins = [f for f in files if f.suffix == ".bin"]
@@ -502,33 +476,30 @@ def token_losses(model, tokens, count, T):
 
 # ------------------------ training and checkpoints
 def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, first=0, grad_accum=1,
-          grad_clip=1.0, dtype="float32", compiled=False, title="", kept="",
-          after_step=lambda done: None):
-    """Train the model in place, from step `first` to `steps`.
+          grad_clip=1.0, dtype="float32", title="", after_step=lambda done: None):
+    """Train the model in place, from step `first` to `steps`; a title is shown with the progress.
 
     next_batch(step) -> (x, y) on the model's device; model(x, y) -> (_, loss). The learning rate
     warms up for 5% of the steps, then falls along half a cosine to floor * learning_rate. Raises
-    Refusal if loss or gradient are not finite, naming the step, the last good one, what is `kept`.
-    """
+    Refusal if loss or gradient are not finite, naming the step and the last good one."""
     device, warmup = next(model.parameters()).device.type, steps // 20
-    run = torch.compile(model) if compiled else model
     look_every, good = 1 if device == "cpu" else 50, "none"     # to read a loss stalls a GPU
     model.train()
-    with tqdm(total=steps, initial=first, desc=title, leave=False, mininterval=0.5) as bar:
+    with tqdm(total=steps, initial=first, desc=title, leave=False, disable=not title) as bar:
         for step in range(first, steps):
-            done = (step - warmup) / max(1, steps - warmup)     # -… 0 in the warm-up, then 0 … 1
+            done = (step - warmup) / max(1, steps - warmup)     # below 0, then from 0 to 1
             cosine = floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * ((step + 1) / warmup if step < warmup else cosine)
             for _ in range(grad_accum):
                 with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                    loss = run(*next_batch(step))[1]
+                    loss = model(*next_batch(step))[1]
                 (loss / grad_accum).backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             if step % look_every == 0 or step == steps - 1:
                 if not math.isfinite(loss.item() + norm.item()):
-                    raise Refusal(f"the loss is {loss.item()} at step {step} (last good: {good}"
-                                  f"{kept}): lower --learning_rate, it is {learning_rate:g}")
+                    raise Refusal(f"the loss is {loss.item()} at step {step} (last good: {good}): "
+                                  f"lower --learning_rate, it is {learning_rate:g}")
                 good = step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             optimizer.step()
@@ -547,8 +518,7 @@ def write_whole(path, write):
 def save_checkpoint(path, model, optimizer, step, more, **state):
     """nanoGPT's format, which its own model class loads; what it does not know goes to `config`."""
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise Refusal(f"a weight is not finite at step {step}: lower --learning_rate; "
-                      f"{path} is as it was saved before, if it was")
+        raise Refusal(f"a weight is not finite at step {step}, {path} stays: lower --learning_rate")
     fields = asdict(model.config)
     arm = {k: fields.pop(k) for k in ARMS["vanilla"]}       # leaves nanoGPT's seven in fields
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=step,
@@ -578,39 +548,37 @@ def load_records(path):
     """The records of a results file, [] if there is none. Raises Refusal if it is damaged."""
     try:
         records = json.loads(path.read_text("utf-8")) if path.exists() else []
-        if not all({"task", "arm", "seed", "code"} <= set(record) for record in records):
-            raise ValueError("not a list of records")
-    except (ValueError, TypeError, OSError) as error:
+        [(r["task"], r["arm"], r["seed"], r["code"]) for r in records]      # or it is damaged
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise Refusal(f"results file {path} is damaged ({error}): move it or change --out_dir")
     return records
 
 
+def save_records(path, records):
+    lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
+    write_whole(path, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+
+
 def run_experiments(path, wanted, vary, run, args):
     """Make sure that the results file holds a record for every settings dict in `wanted`.
-
     run(settings) -> dict of numbers, saved at once. What the file holds is not run again, unless
-    args.fresh. Returns the records that may share a figure: equal but for the keys in `vary`.
-    """
+    args.fresh. Returns the records that may share a figure: equal but for the keys in `vary`."""
     def agrees(record, settings, but=()):
         return all(k in but or (k in record and record[k] == v) for k, v in settings.items())
-    cpu = f"{platform.machine()} {args.device}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     records = load_records(path)
     done = [] if args.fresh else [s for s in wanted if any(agrees(r, s) for r in records)]
     todo = [] if args.plot_only else [s for s in wanted if s not in done]
-    if any(r["code"] != args.code for s in done for r in records if agrees(r, s)):
+    if any(r["code"] != args.stamp["code"] for s in done for r in records if agrees(r, s)):
         print(f"{path}: runs of other code are used as they are; --fresh repeats them")
     if todo:
         print(f"{len(todo)} runs, about {len(todo) * args.minutes_per_run:.1f} minutes with the "
-              f"preset's settings on {args.minutes_on}; here: {machine}. Results: {path}")
+              f"preset's settings on {args.minutes_on}; here: {args.stamp['device']}. -> {path}")
     for settings in todo:
-        start = time.time()
-        numbers = run(settings)
+        start, numbers = time.time(), run(settings)
         records = [r for r in records if not agrees(r, settings)] + [dict(
             settings, steps=settings["max_iters"], seconds=round(time.time() - start, 1),
-            device=machine, torch=torch.__version__, code=args.code, **numbers)]
-        lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
-        write_whole(path, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+            **args.stamp, **numbers)]
+        save_records(path, records)
     shown = [r for r in records if any(agrees(r, s, vary) for s in wanted)]
     if not shown:
         raise Refusal(f"{path} has no results for these settings: run without --plot_only first")
@@ -679,9 +647,10 @@ def arm_fields(name):
     return ARMS[name]
 
 
-def command_line(description, presets):
-    """The parser with the flags that both scripts share; a flag not given is the preset's."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+def run_command(doc, presets, flags, argv, body):
+    """Parse argv, fill in the preset, call body(args). Bad input: exit status 2 and one line.
+    flags: {flag: settings for argparse} of one script, beside those below, which both know."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     yes, add = dict(action="store_true", default=False), parser.add_argument
     add("--preset", choices=presets, default="quick", help="seconds; a two-core laptop; one GPU")
@@ -699,16 +668,13 @@ def command_line(description, presets):
             ("n_head", int, "heads"), ("n_embd", int, "channels, C"), ("max_iters", int, "steps"),
             ("batch_size", int, "sequences per batch"), ("learning_rate", float, "AdamW's peak")):
         add(f"--{flag}", type=kind, metavar="N", help=text)
-    return parser
-
-
-def run_command(parser, presets, argv, body):
-    """Parse argv, fill in the preset, call body(args). Bad input: exit status 2 and one line."""
+    for flag, settings in flags.items():
+        add(flag, **settings)
     given = vars(parser.parse_args(argv))
-    preset = given["preset"]
-    args = argparse.Namespace(**{"out_dir": Path("out", preset), **presets[preset], **given})
-    sources = [Path(__file__).with_name(f).read_bytes() for f in ("myopic_gpt.py", "synthetic.py")]
-    args.code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]       # stamps every record
+    args = argparse.Namespace(**{"out_dir": Path("out", given["preset"]),
+                                 **presets[given["preset"]], **given})
+    sources = (Path(__file__).with_name(name) for name in ("myopic_gpt.py", "synthetic.py"))
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()[:8]
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
     try:
         for name, value in given.items():
@@ -720,34 +686,37 @@ def run_command(parser, presets, argv, body):
         if args.device not in ["auto", *here]:
             raise Refusal(f"device {args.device} is not available here: use --device auto")
         args.device = here[0] if args.device == "auto" else args.device
+        machine = torch.cuda.get_device_name() if args.device == "cuda" else (
+            f"{platform.machine()} {args.device}, {torch.get_num_threads()} threads")
+        args.stamp = dict(device=machine, torch=torch.__version__, code=code)   # of every record
         if args.compile and args.device != "cuda":
             raise Refusal(f"--compile is for CUDA and the device is {args.device}: leave it out")
         args.out_dir.mkdir(parents=True, exist_ok=True)
         body(args)
     except torch.cuda.OutOfMemoryError:
         parser.exit(2, f"{parser.prog}: error: CUDA is out of memory: lower --batch_size\n")
-    except Refusal as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}; name an --out_dir that can be written\n")
+    except (Refusal, OSError) as error:
+        mend = "; name an --out_dir that can be written" if isinstance(error, OSError) else ""
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}{mend}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\ninterrupted: {args.out_dir} keeps what is done; run again to go on\n")
 
 
 # ------------------------ the language-model experiment, its figures and main
-
-COMMON = dict(arms=list(ARMS), seed=0, block_size=64, tokens=["byte"], minutes_on="two CPU cores")
+# what --bench runs: n_layer, n_head, n_embd, tokens a batch, seconds a row, T of a step, other Ts
+BENCH = {"cpu": (6, 6, 384, 4096, 26, 256, 64, 128, 256, 512, 1024, 2048),
+         "cuda": (12, 12, 768, 16384, 10, 1024, 64, 128, 256, 512, 1024, 2048, 4096)}
+COMMON = dict(arms=list(ARMS), seed=0, block_size=64, tokens=["byte"], batch_size=16, shapes=[],
+              minutes_on="two CPU cores")
 PRESETS = {     # shapes: (n_layer, n_head, n_embd) of further models, for the gap against size
-    "smoke": dict(COMMON, seeds=1, block_size=16, n_layer=2, n_head=2, n_embd=32,
-                  shapes=[(1, 1, 8)], batch_size=8, max_iters=10, learning_rate=2e-3, save_every=5,
+    "smoke": dict(COMMON, seeds=1, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=8,
+                  shapes=[(1, 1, 8)], max_iters=10, learning_rate=2e-3, save_every=5,
                   eval_windows=32, minutes_per_run=0.02),
-    "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, shapes=[], batch_size=16,
-                  max_iters=700, learning_rate=3e-3, save_every=350, eval_windows=256,
-                  minutes_per_run=0.6),
+    "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, max_iters=700,
+                  learning_rate=3e-3, save_every=350, eval_windows=256, minutes_per_run=0.6),
     "full": dict(COMMON, seeds=3, n_layer=4, n_head=4, n_embd=128, tokens=["byte", "word"],
-                 shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], batch_size=16, max_iters=1000,
-                 learning_rate=2e-3, save_every=500, eval_windows=512, minutes_per_run=0.3,
-                 minutes_on="one H200"),
+                 shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], max_iters=1000, learning_rate=2e-3,
+                 save_every=500, eval_windows=512, minutes_per_run=0.3, minutes_on="one H200"),
 }
 
 
@@ -755,34 +724,27 @@ def checkpoint_path(s, out_dir):
     return out_dir / f"{s['arm']}_{s['tokens']}_{s['n_layer']}x{s['n_embd']}_seed{s['seed']}.pt"
 
 
-def build_model(s, text, args):
-    """The model in its arm, from scratch (same seed, same weights in every arm) or --init_from."""
-    vanilla, fields, teacher = {**s, "arm": "vanilla"}, arm_fields(s["arm"]), None
-    if fields["past"] == "frozen":
-        path, saved = checkpoint_path(vanilla, args.out_dir), {}
-        if path.exists():
-            teacher, saved = load_checkpoint(path, args.device)
-        if saved.get("iter_num") != s["max_iters"] or saved["config"].get("settings") != vanilla:
-            raise Refusal(f"arm {s['arm']} needs the trained {path}: add --arms vanilla --fresh")
-    torch.manual_seed(s["seed"])
-    start = load_checkpoint(args.init_from)[0] if args.init_from else GPT(GPTConfig(
-        s["block_size"], text.vocab_size, s["n_layer"], s["n_head"], s["n_embd"]))
-    model = GPT(replace(start.config, dropout=s["dropout"], **fields))
-    model.load_state_dict(start.state_dict())
-    if teacher:
-        model.teach(teacher)
-    return model.to(args.device)
-
-
 def run_text(s, text, args):
     """Train in one arm, or go on where its checkpoint stopped; -> the numbers of its record."""
     T, device, path = s["block_size"], args.device, checkpoint_path(s, args.out_dir)
+    torch.manual_seed(s["seed"])                                # the same weights in every arm
+    start = load_checkpoint(args.init_from)[0] if args.init_from else GPT(GPTConfig(
+        T, text.vocab_size, s["n_layer"], s["n_head"], s["n_embd"]))
+    model = GPT(replace(start.config, dropout=s["dropout"], **arm_fields(s["arm"])))
+    model.load_state_dict(start.state_dict())
+    if model.config.past == "frozen":
+        vanilla = {**s, "arm": "vanilla"}
+        there = checkpoint_path(vanilla, args.out_dir)
+        teacher, saved = load_checkpoint(there, device) if there.exists() else (None, {})
+        if saved.get("iter_num") != s["max_iters"] or saved["config"].get("settings") != vanilla:
+            raise Refusal(f"arm {s['arm']} needs the trained {there}: add --arms vanilla --fresh")
+        model.teach(teacher)
+    model.to(device)
     rng = torch.cuda if device == "cuda" else torch             # of the dropout masks
-    saved = load_checkpoint(path, device)[1] if path.exists() else {"config": {}}
-    model = build_model(s, text, args)
+    saved = {} if args.fresh or not path.exists() else load_checkpoint(path, device)[1]
     optimizer = model.configure_optimizers(0.1, s["learning_rate"], device_type=device)
     generator, curve, first = torch.Generator().manual_seed(s["seed"]), [], 0
-    if saved["config"].get("settings") == s and saved["config"]["code"] == args.code:
+    if saved and [saved["config"].get(k) for k in ("settings", "code")] == [s, args.stamp["code"]]:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["batch_rng"].cpu())
@@ -790,7 +752,6 @@ def run_text(s, text, args):
         curve, first = saved["config"]["curve"], saved["iter_num"]
     # memory-mapped tokens stay on disk; others go to the device, where batches are then made
     tokens = torch.tensor(text.train.astype("i4"), device=device) if text.words else text.train
-
     loss_of = lambda split: token_losses(model, split, args.eval_windows, T)[0].mean().item()
 
     def next_batch(step):
@@ -803,15 +764,15 @@ def run_text(s, text, args):
         if n % args.save_every == 0 or n == s["max_iters"]:
             save_checkpoint(path, model, optimizer, n, batch_rng=generator.get_state(),
                             dropout_rng=rng.get_rng_state(), more=dict(
-                                settings=s, code=args.code, curve=curve, tokens=text.kind,
+                                settings=s, code=args.stamp["code"], curve=curve, tokens=text.kind,
                                 words=text.words))
 
     if not curve:
         after_step(0)
-    train(model, optimizer, next_batch, steps=s["max_iters"], learning_rate=s["learning_rate"],
-          floor=0.1, first=first, grad_accum=s["gradient_accumulation_steps"], dtype=s["dtype"],
-          compiled=s["compile"], title=f"{s['arm']} {s['n_layer']}x{s['n_embd']} seed {s['seed']}",
-          kept=f"; {path} has the last saved state", after_step=after_step)
+    train(torch.compile(model) if s["compile"] else model, optimizer, next_batch, floor=0.1,
+          steps=s["max_iters"], learning_rate=s["learning_rate"], first=first, dtype=s["dtype"],
+          grad_accum=s["gradient_accumulation_steps"], after_step=after_step,
+          title=f"{s['arm']} {s['n_layer']}x{s['n_embd']} seed {s['seed']}")
     losses, y = token_losses(model, text.val, args.eval_windows, T)             # (N, T) each
     numbers = dict(
         n_params=sum(p.numel() for p in model.parameters()), val_loss=losses.mean().item(),
@@ -827,12 +788,10 @@ def run_text(s, text, args):
 
 def gaps(arms, names, value):
     """{name: {seed: value(record) minus that of vanilla with the same seed}}, where both are."""
-    base, found = arms.get("vanilla", {}), {}
-    for name in names:
-        pairs = {seed: (r, base[seed]) for seed, r in arms.get(name, {}).items() if seed in base}
-        if pairs:
-            found[name] = {seed: np.subtract(value(r), value(v)) for seed, (r, v) in pairs.items()}
-    return found
+    base = arms.get("vanilla", {})
+    found = {name: {seed: np.subtract(value(r), value(base[seed])) for seed, r in arms[name].items()
+                    if seed in base} for name in names if name in arms}
+    return {name: gap for name, gap in found.items() if gap}
 
 
 def plot_passage(vanilla, myopic, path, caption):
@@ -840,40 +799,33 @@ def plot_passage(vanilla, myopic, path, caption):
     gap, texts = np.subtract(myopic["loss"], vanilla["loss"]), vanilla["text"]          # (N, T)
     fig, ((ax,),) = new_figure(width=10, height=5.5)
     write = functools.partial(ax.text, family="monospace", size=9, parse_math=False)
-    column, line, width = 0, 0, 80
-    for w, t in np.ndindex(gap.shape):
-        token, pale = texts[w][t].replace("\n", "¶"), 1 - min(abs(gap[w, t]), 2) / 3
-        if t == 0 or column + len(token) > width:               # every window begins a line
-            column, line = 0, line + 1
-        if line > 10:
-            break
-        y = 1.02 - line / 21
-        ax.fill_between([column / width, (column + len(token)) / width], y - 0.012, y + 0.036,
-                        color=(1, pale, pale) if gap[w, t] > 0 else (pale, pale, 1), linewidth=0)
-        write(column / width, y, token)
-        column += len(token)
-    write(0, 0.46, "Where it loses most, in nats; the token in [ ]:", weight="bold")
+    tokens = [token for row in texts for token in [*row, "│"]]  # a bar after every window
+    tint = np.repeat(np.pad(gap, ((0, 0), (0, 1))).ravel(), [len(token) for token in tokens])
+    lines = min(10, len(tint) // 80)
+    ax.imshow(tint[:80 * lines].reshape(lines, 80), cmap="bwr", vmin=-4, vmax=4, aspect="auto",
+              extent=(0, 1, 1 - lines / 20, 1))
+    for n, letter in enumerate("".join(tokens)[:80 * lines]):
+        write(n % 80 / 80, 0.965 - n // 80 / 20, letter.replace("\n", "¶"))
+    write(0, 0.44, "Where it loses most, in nats; the token in [ ]:", weight="bold")
     for n, worst in enumerate(np.argsort(-gap, axis=None)[:10]):
         w, t = divmod(worst, gap.shape[1])
         before = "".join(texts[w][:t])[-70:]
-        write(0, 0.41 - n / 22, f"{gap[w, t]:5.2f} {before:>70}[{texts[w][t]}]".replace("\n", "¶"))
-    ax.set(title="Held-out text. Red: the myopic model loses against vanilla; blue: it wins",
-           xlim=(0, 1), ylim=(0, 1))
+        write(0, 0.39 - n / 23, f"{gap[w, t]:5.2f} {before:>70}[{texts[w][t]}]".replace("\n", "¶"))
+    ax.set(title="Held-out text. Red: myopic loses against vanilla; blue: it wins", ylim=(-0.02, 1))
     ax.set_axis_off()
     save_figure(fig, path, caption)
 
 
 def report(records, out_dir):
     """Every figure and the table for the runs on one kind of tokens."""
-    sizes, r = {}, records[0]
-    for record in records:                                      # {n_params: {arm: {seed: record}}}
-        arms = sizes.setdefault(record["n_params"], {})
-        arms.setdefault(record["arm"], {})[record["seed"]] = record
-    largest = max(sizes, key=lambda n: (len(sizes[n]), n))      # of those with the most arms
-    arms, seeds = sizes[largest], len({r["seed"] for r in records})
-    about = f"{r['data']}, {r['tokens']} tokens, {r['steps']} steps; " + (
-        f"{seeds} seeds" if seeds > 2 else f"preliminary: {seeds} seed(s)")
-    caption, file = f"{largest:,} parameters; {about}", f"{{}}_{r['tokens']}.png".format
+    sizes = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for r in records:
+        sizes[r["n_params"]][r["arm"]][r["seed"]] = r
+    n_params, arms = max(sizes.items(), key=lambda pair: (len(pair[1]), pair[0]))   # most arms
+    seeds = len({r["seed"] for r in records})
+    seeds = f"{seeds} seeds" if seeds > 2 else f"preliminary: {seeds} seed(s)"
+    about = f"{r['data']}, {r['tokens']} tokens, {r['steps']} steps; {seeds}"
+    caption, file = f"{n_params:,} parameters; {about}", f"{{}}_{r['tokens']}.png".format
     cuts, loss_gap = ("vanilla", "myopic", "myopic_kv"), "loss − vanilla's (nats)"
     final, by_position = (lambda r: r["val_loss"]), (lambda r: r["loss_by_position"])
     fig, ((ax,),) = new_figure(width=6.5, height=2.6)
@@ -901,17 +853,16 @@ def report(records, out_dir):
         passages = [r["passage"] for a in cuts[:2] for r in arms[a].values() if "passage" in r]
         if len(passages) == 2:
             plot_passage(*passages, out_dir / file("text_passage"), caption)
-    ns = [n for n in sorted(sizes) if set(cuts) <= gaps(sizes[n], cuts, final).keys()]
-    if len(ns) > 1:
+    at = {n: gaps(sizes[n], cuts, final) for n in sorted(sizes) if set(cuts) <= sizes[n].keys()}
+    all_seeds = [set(gap.get(arm, {})) for gap in at.values() for arm in cuts]
+    if len(at) > 1 and (both := set.intersection(*all_seeds)):
         fig, ((ax,),) = new_figure(width=5.5)
-        by_size = [gaps(sizes[n], cuts, final) for n in ns]
-        both = set.intersection(*(set(g[a]) for g in by_size for a in cuts))
-        draw_lines(ax, ns, {a: {s: [g[a][s] for g in by_size] for s in both} for a in cuts},
+        draw_lines(ax, [*at], {arm: {s: [at[n][arm][s] for n in at] for s in both} for arm in cuts},
                    xscale="log", title="The gap and the model's size", xlabel="parameters",
                    ylabel=loss_gap)
         save_figure(fig, out_dir / file("text_sizes"), about)
     rows = []
-    for n, arm, runs in [(n, arm, sizes[n][arm]) for n in sorted(sizes) for arm in sizes[n]]:
+    for n, arm, runs in ((n, arm, sizes[n][arm]) for n in sorted(sizes) for arm in sizes[n]):
         value = lambda key: mean_sd([r[key] for r in runs.values()], 3)
         gap, whole = (gaps(sizes[n], [a], final).get(a, {}) for a in (arm, "bigram"))
         share = [100 * gap[seed] / whole[seed] for seed in gap if whole.get(seed)]
@@ -940,14 +891,66 @@ def write_sample(args):
     print(text if kind == "word" else text.encode("latin-1").decode(errors="replace"))
 
 
+def bench(args):
+    """Time every way of attention against our vanilla -> a table and <out_dir>/bench.json: forward
+    + backward of the attention sublayer up to its out-projection, then one step of training a GPT.
+    A round runs every way once; a ratio is of two times of the same round."""
+    n_layer, n_head, C, n_tokens, seconds, step_T, *Ts = BENCH[args.device]
+    model = GPT(GPTConfig(step_T, 256, n_layer, n_head, C)).to(args.device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, device_type=args.device)
+    heads = lambda x, w, b: split_heads(F.linear(x, w, b), n_head)              # 3 (B, nh, T, hs)
+    ways = {name: functools.partial(myopic_attention, n_head=n_head, horizon=h, cut=cut) for
+            name, h, cut in (("vanilla", None, "hidden"), ("myopic", 0, "hidden"),
+                             ("horizon 4", 4, "hidden"), ("myopic_kv", 0, "kv"),
+                             ("kv, horizon 4", 4, "kv"))}
+    ways["two streams"] = lambda x, w, b: merge_heads(two_stream_attention(     # the textbook way
+        *heads(x, w, b), *heads(x.detach(), w, b)[1:]))
+    ways["torch's own"] = lambda x, w, b: merge_heads(                          # as in nanoGPT
+        F.scaled_dot_product_attention(*heads(x, w, b), is_causal=True))
+    records, rows = [], []
+    for what, T in tqdm([*(("sublayer", T) for T in Ts), ("step", step_T)], "bench", leave=False):
+        x, dy = torch.randn(2, n_tokens // T, T, C).to(args.device, getattr(torch, args.dtype))
+        leaves = x.requires_grad_(), *nn.Linear(C, 3 * C).to(x).parameters()
+        idx, targets = torch.randint(256, (2, n_tokens // T, T), device=args.device)
+
+        def run(way):
+            if what == "sublayer":
+                return torch.autograd.grad(way(*leaves), leaves, dy)
+            for a in (block.attn for block in model.transformer.h):
+                a.forward = lambda x, _, a=a: a.c_proj(way(x, *a.c_attn.parameters()))
+            train(model, optimizer, lambda _: (idx, targets), steps=1, learning_rate=1e-3,
+                  dtype=args.dtype)
+        timers = [benchmark.Timer("run(way)", globals=dict(run=run, way=way),
+                                  num_threads=torch.get_num_threads()) for way in ways.values()]
+        rounds, until = [], math.inf                            # the first round is a warm-up
+        while len(rounds) < 6 or time.time() < until:
+            rounds.append([timer.timeit(1).median for timer in timers])
+            until = min(until, time.time() + seconds)
+        t = np.array(rounds[1:])                                                # (rounds, ways)
+        rows.append([f"{what}\nT {T}"])
+        for n, way in enumerate(ways):
+            low, ratio, high = np.quantile(t[:, n] / t[:, 0], [0.25, 0.5, 0.75])
+            ms = 1000 * np.median(t[:, n])
+            records.append(dict(what=what, T=T, way=way, ms=ms, ratio=ratio, quartiles=[low, high],
+                                rounds=len(t), dtype=args.dtype, **args.stamp))
+            rows[-1].append(f"{ratio:.2f}\n{low:.2f}–{high:.2f}\n{ms:.0f} ms")
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                timers[n].timeit(1)
+                records[-1]["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                rows[-1][-1] += f"\n{records[-1]['peak_mib']:.0f} MiB"
+    save_records(args.out_dir / "bench.json", records)
+    print_table(f"Forward and backward on {args.stamp['device']}", ["", *ways], rows, "time over "
+                f"vanilla's, median and quartiles of paired rounds; median time\n{n_tokens} "
+                f"tokens, {C} channels, {n_head} heads; step: {n_layer} layers, AdamW included")
+
+
 def experiments(args):
-    if args.sample is not None:
-        return write_sample(args)
     path, c, start = args.out_dir / "myopic_gpt.json", args, {}
     records = load_records(path)                        # a damaged file is refused before any work
     if args.init_from:
         model, saved = load_checkpoint(args.init_from)
-        c, start = model.config, saved["config"]
+        c, start = model.config, {"tokens": "bin"} | saved["config"]
     shapes, preset = [(c.n_layer, c.n_head, c.n_embd)], PRESETS[args.preset]
     if shapes == [(preset["n_layer"], preset["n_head"], preset["n_embd"])] and not args.init_from:
         shapes += args.shapes
@@ -955,45 +958,42 @@ def experiments(args):
     data, keys = " ".join(map(str, args.data or ["python"])), ("block_size", "dropout", "max_iters",
         "batch_size", "gradient_accumulation_steps", "dtype", "compile")
     for kind in [start["tokens"]] if start.get("words") else args.tokens:
-        if args.plot_only:      # the text is not read again: take the last one of this name
-            text, old = None, [r for r in records if (r["data"], r["tokens"]) in (
-                (data, kind), (data, "bin"))]
-            kind, sha = (old[-1]["tokens"], old[-1]["data_sha256"]) if old else (kind, None)
+        if args.plot_only:      # the text is not read again: any of this name serves
+            text, sha = None, {}
+            kind = "bin" if (data, "bin") in {(r["data"], r["tokens"]) for r in records} else kind
         else:
             text = load_text(args.data, kind, args.vocab_size, start.get("words"))
-            sha, kind, n = text.sha256, text.kind, min(len(text.train), len(text.val))
-            if n <= args.block_size:
+            sha, kind = dict(data_sha256=text.sha256), text.kind
+            if (n := min(len(text.train), len(text.val))) <= args.block_size:
                 raise Refusal(f"block_size {args.block_size} is not below {n}, the size of a split "
                               f"of --data {data}: give more text, or lower --block_size")
-            if args.init_from and (kind, text.vocab_size) != (start.get("tokens", "bin"),
-                                                              c.vocab_size):
+            if args.init_from and (kind, text.vocab_size) != (start["tokens"], c.vocab_size):
                 raise Refusal(f"{text.vocab_size} {kind} tokens do not fit {args.init_from}: give "
                               f"its own --data, and --vocab_size {c.vocab_size}")
-        # wider models learn slower; the arms with another past are for the main size only
-        wanted = [dict({k: getattr(args, k) for k in keys}, task="text", arm=arm, seed=seed,
-                       n_layer=l, n_head=h, n_embd=C, tokens=kind, data=data, data_sha256=sha,
+        # one rule for all arms: the wider the model, the smaller its learning rate
+        wanted = [dict({k: getattr(args, k) for k in keys} | sha, task="text", arm=arm, seed=seed,
+                       n_layer=l, n_head=h, n_embd=C, tokens=kind, data=data,
                        init_from=args.init_from and str(args.init_from),
                        learning_rate=args.learning_rate * math.sqrt(c.n_embd / C))
                   for l, h, C in shapes for seed in range(args.seed, args.seed + args.seeds)
-                  for arm in args.arms if C == c.n_embd or arm_fields(arm)["past"] == "own"]
-        for s in wanted if args.fresh and not args.plot_only else []:
-            checkpoint_path(s, args.out_dir).unlink(missing_ok=True)
-        run = functools.partial(run_text, text=text, args=args)
-        report(run_experiments(path, wanted, ("arm", "seed"), run, args), args.out_dir)
+                  for arm in args.arms]
+        report(run_experiments(path, wanted, ("arm", "seed"), lambda s: run_text(s, text, args),
+                               args), args.out_dir)
 
 
 def main(argv=None):
-    """Train what is not recorded yet, draw the figures, print the table; or --sample."""
-    parser = command_line(__doc__.split("\n")[0], PRESETS)
-    add = parser.add_argument
-    add("--data", nargs="+", type=Path, default=None, help="text files, folders, train.bin val.bin")
-    add("--tokens", nargs="+", choices=["byte", "word"], help="what a token is")
-    add("--vocab_size", type=int, default=None, metavar="N", help="words, .bin")
-    add("--dropout", type=float, default=0.0, metavar="X", help="while training")
-    add("--save_every", type=int, metavar="N", help="steps between checkpoints")
-    add("--init_from", type=Path, default=None, help="start from this checkpoint and its shape")
-    add("--sample", metavar="TEXT", default=None, help="only continue TEXT with a trained model")
-    run_command(parser, PRESETS, argv, experiments)
+    """Train what is not recorded yet, draw figures, print the table; or --sample, or --bench."""
+    run_command(__doc__, PRESETS, {
+        "--data": dict(nargs="+", type=Path, default=None, help="files, folders or nanoGPT's .bin"),
+        "--tokens": dict(nargs="+", choices=["byte", "word"], help="what a token is"),
+        "--vocab_size": dict(type=int, default=None, metavar="N", help="words, .bin"),
+        "--dropout": dict(type=float, default=0.0, metavar="X", help="while training"),
+        "--save_every": dict(type=int, metavar="N", help="steps between checkpoints"),
+        "--init_from": dict(type=Path, default=None, help="start from this checkpoint"),
+        "--sample": dict(metavar="TEXT", default=None, help="only continue TEXT"),
+        "--bench": dict(action="store_true", default=False, help="only measure time and memory"),
+    }, argv, lambda args: (bench if args.bench else experiments if args.sample is None
+                           else write_sample)(args))
 
 
 if __name__ == "__main__":

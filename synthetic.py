@@ -171,9 +171,10 @@ def run_precache(s, device, pictures):
 
     after_step(0)
     optimizer = model.configure_optimizers(0.01, s["learning_rate"], device_type=device)
-    mg.train(model, optimizer, next_batch, steps=s["max_iters"], learning_rate=s["learning_rate"],
-             grad_accum=s["gradient_accumulation_steps"], dtype=s["dtype"], compiled=s["compile"],
-             title=f"{s['arm']} p={s['p']:g} seed {s['seed']}", after_step=after_step)
+    mg.train(torch.compile(model) if s["compile"] else model, optimizer, next_batch,
+             steps=s["max_iters"], learning_rate=s["learning_rate"], dtype=s["dtype"],
+             grad_accum=s["gradient_accumulation_steps"], after_step=after_step,
+             title=f"{s['arm']} p={s['p']:g} seed {s['seed']}")
     numbers = {**huber_losses(model, x, y, s["p"]), **probe_model(model, s, device, pictures),
                "probe_r2_untrained": untrained["probe_r2"], "curve": curve,
                "sine_estimate_untrained": untrained.get("sine_estimate")}
@@ -298,8 +299,8 @@ def plot_by_p(records, out_dir):
     mg.draw_lines(ax, ps, lines if seeds else {}, xscale="log",
                   yscale="log", xlabel="p: how often the answer needs the sines",
                   ylabel="Huber loss / p", title="The cost of not planning ahead")
-    mg.save_figure(fig, out_dir / "precache_p.png",
-                   f"stars: the paper, one seed; {seeds_text(records)}")
+    stars = "stars: the paper, one seed; " if same_task(records[0]) else ""
+    mg.save_figure(fig, out_dir / "precache_p.png", stars + seeds_text(records))
 
 
 def same_task(record):
@@ -355,14 +356,13 @@ def experiments(args):
 
 def main(argv=None):
     """Train what is not recorded yet, draw the figures, print the table."""
-    parser = mg.command_line(__doc__.split("\n")[0], PRESETS)
-    add = parser.add_argument
-    add("--task", nargs="+", choices=["precache"], help="what to train on")
-    add("--p", type=float, nargs="+", metavar="P", help="how often the answer needs the sines")
-    add("--a", type=int, metavar="N", help="how many sines are summed")
-    add("--b", type=float, metavar="X", help="frequency of the sine")
-    add("--b_start", type=float, metavar="X", help="frequency that training begins with")
-    mg.run_command(parser, PRESETS, argv, experiments)
+    mg.run_command(__doc__, PRESETS, {
+        "--task": dict(nargs="+", choices=["precache"], help="what to train on"),
+        "--p": dict(type=float, nargs="+", metavar="P", help="how often the sines are asked for"),
+        "--a": dict(type=int, metavar="N", help="how many sines are summed"),
+        "--b": dict(type=float, metavar="X", help="frequency of the sine"),
+        "--b_start": dict(type=float, metavar="X", help="frequency that training begins with"),
+    }, argv, experiments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,5 @@
 """The tests: offline, on the CPU, in seconds.   python -m pytest -q
-
-The hand-written backward is held against the definition executed literally: every position gets
-its own copy of all parameters, and the gradient of loss i with respect to copy i is read off
-(literal_gradient).
-"""
+The hand-written backward is held against the definition executed literally: literal_gradient."""
 import functools
 import itertools
 import json
@@ -67,8 +63,7 @@ def literal_gradient(model, idx, targets, which, owner):
 
     which: "all" sums d loss_i / d theta_j over every i, j; "diagonal" over i = j only. owner: whose
     copy of W_K, W_V makes the key of writer j for reader i: the "reader"'s or the "writer"'s. One
-    position at a time; nothing of the model is used but its weights.
-    """
+    position at a time; nothing of the model is used but its weights."""
     c, (B, T) = model.config, idx.shape
     C, hs = c.n_embd, c.n_embd // c.n_head
     theta = [{n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
@@ -114,8 +109,7 @@ def test_gradient_is_the_definition(layers, heads, bias, T, arm, which, owner):
     assert_agree(gradients(model, *batch(T)), literal_gradient(model, *batch(T), which, owner))
 
 
-def test_the_three_arms_differ():
-    """The comparison above would be empty if the arms had the same gradient."""
+def test_the_three_arms_differ():       # or the comparison above would be empty
     models = [make_gpt(**mg.ARMS[arm]) for arm in ("vanilla", "myopic", "myopic_kv")]
     grads = [gradients(m, *batch(5))["transformer.h.0.attn.c_attn.weight"] for m in models]
     assert all(relative_error(a, b) > 0.05 for a, b in itertools.combinations(grads, 2))
@@ -275,8 +269,7 @@ def test_attention_to_oneself_alone_is_a_linear_layer():
 
 
 @mark.parametrize("route", ["plain", "fused"])
-def test_a_key_hears_every_reader_from_itself_on(route):
-    """Vanilla k_j, v_j receive gradient from every reader i >= j, itself included, and no other."""
+def test_vanilla_keys_hear_every_reader_from_themselves_on(route):
     forward, backward = getattr(mg, route + "_forward"), getattr(mg, route + "_backward")
     g = torch.Generator().manual_seed(0)
     q, k, v, G = torch.randn(4, 1, 2, 6, 4, generator=g, dtype=torch.float64)
@@ -305,7 +298,6 @@ def test_sample_batch_is_the_definition():
 
 @mark.parametrize("p", [0.1, 1.0])
 def test_trivial_predictor_has_the_papers_loss(p):
-    """At a = 10 the paper gives 1.26 for Huber / p, whatever p."""
     x, y = synthetic.sample_batch(4000, 64, p, generator=torch.Generator().manual_seed(0))
     assert abs(F.huber_loss(synthetic.trivial_prediction(x), y).item() / p - 1.26) < 0.03
 
@@ -397,9 +389,9 @@ def test_a_loss_that_is_not_finite_stops():
         if len(steps) == 3:
             nn.init.constant_(model.lm_head.weight, math.inf)
         return batch(6)
-    with pytest.raises(mg.Refusal, match=r"at step 3 \(last good: 2; here\).*--learning_rate"):
-        mg.train(model, model.configure_optimizers(0.1, 1e-3), next_batch, steps=9,
-                 learning_rate=1e-3, after_step=steps.append, kept="; here")
+    optimizer = model.configure_optimizers(0.1, 1e-3)
+    with pytest.raises(mg.Refusal, match=r"at step 3 \(last good: 2\).*--learning_rate"):
+        mg.train(model, optimizer, next_batch, steps=9, learning_rate=1, after_step=steps.append)
 
 
 # ------------------------ text and checkpoints
@@ -585,6 +577,15 @@ def test_plot_only_redraws(tmp_path, script, figure):
     call(script, out, "--max_iters 2 --arms vanilla myopic --plot_only")
     assert file.read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob(".part*")), "no half-written file is left"
+
+
+def test_bench_measures_every_way(tmp_path, monkeypatch):
+    monkeypatch.setitem(mg.BENCH, "cpu", (1, 2, 8, 64, 0, 16, 16, 32))
+    mg.main(["--bench", "--device", "cpu", "--out_dir", str(tmp_path)])
+    records = json.loads((tmp_path / "bench.json").read_text())
+    assert [(r["what"], r["T"]) for r in records] == [
+        case for case in (("sublayer", 16), ("sublayer", 32), ("step", 16)) for _ in range(7)]
+    assert all(r["rounds"] >= 5 and (r["ratio"] == 1 or r["way"] != "vanilla") for r in records)
 
 
 def numbers(text):
