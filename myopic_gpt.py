@@ -142,7 +142,7 @@ def merge_heads(*heads):
 
 # ------------------------ the myopic backward
 def write_heard(dk, dv, G, q, k, v, out, lse, horizon):
-    """Fill dk, dv with what x_j hears: the sums over its readers i with 0 <= i - j <= horizon.
+    """Overwrite dk, dv with what x_j hears: the sums over readers i with 0 <= i - j <= horizon.
 
         P_ij = exp(s q_i.k_j - lse_i)         dS_ij = P_ij (G_i.v_j - G_i.out_i)
         dk^h_j = s sum_i dS_ij q_i            dv^h_j = sum_i P_ij G_i
@@ -181,16 +181,16 @@ class MyopicAttention(torch.autograd.Function):
         q, k, v = split_heads(qkv, ctx.n_head)                                  # (B, nh, T, hs)
         G = dy.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2)                  # (B, nh, T, hs)
 
-        def learn():                    # what the weights learn from dqkv as it stands
-            db = dqkv.sum((0, 1)) if ctx.needs_input_grad[2] else None          # (3C,)
-            return dqkv.flatten(0, 1).T @ x.flatten(0, 1), db                   # (3C, C)
-
         # q_j hears its own position; k_j and v_j hear every reader of j
         dqkv = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
             G, q, k, v, out, lse))                                              # (B, T, 3C)
+
+        def learn():                    # the gradient of the weights from dqkv as it stands
+            db = dqkv.sum((0, 1)) if ctx.needs_input_grad[2] else None          # (3C,)
+            return dqkv.flatten(0, 1).T @ x.flatten(0, 1), db                   # (3C, C)
         if ctx.cut == "hidden":         # W_K and W_V are the reader's: they learn from everyone
             dw, db = learn()
-        if ctx.horizon is not None:     # the stop-gradient: within the horizon alone, in place
+        if ctx.horizon is not None:     # the stop-gradient: dk, dv of the near readers alone
             _, dk, dv = split_heads(dqkv, ctx.n_head)                           # views into dqkv
             write_heard(dk, dv, G, q, k, v, out, lse, ctx.horizon)
         if ctx.cut == "kv":             # W_K and W_V are the writer's: they learn what x_j hears
@@ -703,7 +703,7 @@ def run_command(doc, presets, flags, argv, body):
 
 # ------------------------ the language-model experiment, its figures and main
 # what --bench runs: n_layer, n_head, n_embd, tokens a batch, seconds a row, T of a step, other Ts
-BENCH = {"cpu": (6, 6, 384, 4096, 12, 256, 64, 128, 256, 512, 1024, 2048),
+BENCH = {**dict.fromkeys(("cpu", "mps"), (6, 6, 384, 4096, 12, 256, 64, 128, 256, 512, 1024, 2048)),
          "cuda": (12, 12, 768, 16384, 10, 1024, 64, 128, 256, 512, 1024, 2048, 4096)}
 COMMON = dict(arms=list(ARMS), seed=0, block_size=64, tokens=["byte"], batch_size=16, shapes=[],
               minutes_on="two CPU cores")
