@@ -48,8 +48,7 @@ def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None):
     """Draw sequences of D_p: x (B, T, 2), x[..., 0] = x_n and x[..., 1] = z_n, and y (B, T).
 
     y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n; terms before position 0 are 0. The batch
-    is made on the generator's device. Source: Wu, Morris, Levine (2024), section 4.1.
-    """
+    is made on the generator's device. Source: Wu, Morris, Levine (2024), section 4.1."""
     device = None if generator is None else generator.device
     x = torch.randn(batch_size, seq_len, generator=generator, device=device)            # (B, T)
     z = (torch.rand(batch_size, seq_len, generator=generator, device=device) < p).float()
@@ -101,8 +100,7 @@ def huber_losses(model, x, y, p):
 def probe_data(model, x, lookbacks):
     """Rows for the probe: one per sequence and per position that has `lookbacks` inputs behind it.
 
-    Returns hidden states (L+1, rows, C), past inputs x_{n-i} (rows, K): float64, on the CPU.
-    """
+    Returns hidden states (L+1, rows, C), past inputs x_{n-i} (rows, K): float64, on the CPU."""
     T, K = x.size(1), lookbacks
     states = torch.stack(model.hidden_states(x))[:, :, K - 1:].flatten(1, 2)        # (L+1, rows, C)
     past = torch.stack([x[:, K - 1 - i:T - i, 0] for i in range(K)], dim=-1)        # (B, T-K+1, K)
