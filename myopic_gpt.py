@@ -864,7 +864,7 @@ def report(records, out_dir):
     for n, arm, runs in ((n, arm, sizes[n][arm]) for n in sorted(sizes) for arm in sizes[n]):
         value = lambda key: mean_sd([r[key] for r in runs.values()], 3)
         gap, whole = (gaps(sizes[n], [a], final).get(a, {}) for a in (arm, "bigram"))
-        share = [100 * gap[seed] / whole[seed] for seed in gap if whole.get(seed)]
+        share = [100 * gap[seed] / whole[seed] for seed in gap if whole.get(seed, 0) > 0.1]  # nats
         rows.append([f"{n:,}", arm, str(len(runs)), value("val_loss"), value("train_loss"),
                      mean_sd(gap.values(), 3), mean_sd(share, 1)])
     print_table(f"Language model, {about}", [
