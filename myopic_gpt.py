@@ -16,12 +16,11 @@ Ordinary ("vanilla") training adds up # and +, myopic training only #. The forwa
 Positions talk only through attention's keys and values, so the difference is in the backward pass
 of one sublayer: MyopicAttention, below. One choice is left: when i reads k_j = W_K x_j, whose work
 is that? The reader's, i, in the paper (cut="hidden"); the writer's, j, elsewhere (cut="kv"). Either
-way no gradient goes from i to x_j. After Wu, Morris, Levine (2024), arXiv 2404.00859.
+way nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024), arXiv 2404.00859.
 
     python myopic_gpt.py                        # five arms on the English that ships with Python
     python myopic_gpt.py --init_from ckpt.pt --data data/ --arms vanilla myopic --learning_rate 1e-4
     python myopic_gpt.py --sample "The "        # write text with the trained vanilla model
-    python myopic_gpt.py --bench                # what every way of attention costs
 
 Letters in shapes: B batch, T positions, C = n_embd channels, nh heads of size hs = C/nh, V tokens.
 The gradient of the loss with respect to X is called dX and has X's shape.
@@ -71,7 +70,6 @@ class Refusal(ValueError):
 @dataclass
 class GPTConfig:
     """nanoGPT's seven fields and the arm's three: see ARMS.
-
     A horizon h > 0 is neither gradient of the definition but a road between the two: over n_layer
     layers a gradient may travel n_layer * h positions. h >= T - 1 is the same as None."""
     block_size: int = 64
@@ -103,10 +101,8 @@ class GPTConfig:
 # the model stand their fused twins, which never build the (T, T) matrix.
 
 def plain_forward(q, k, v):
-    """S = s q k^T, P = softmax_causal(S), out = P v; lse_i = log sum_{j<=i} exp S_ij.
-
-    q, k, v (B, nh, T, hs) -> out (B, nh, T, hs), lse (B, nh, T), float32 at least; s = 1/sqrt(hs).
-    """
+    """S = q k^T / sqrt(hs), P = softmax_causal(S), out = P v; lse_i = log sum_{j<=i} exp S_ij.
+    q, k, v (B, nh, T, hs) -> out (B, nh, T, hs), lse (B, nh, T), in float32 at least."""
     S = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.size(-1))
     S = S.masked_fill(torch.ones_like(S[0, 0], dtype=torch.bool).triu(1), -math.inf)  # (.., T, T)
     lse = S.logsumexp(-1)                                                       # (B, nh, T)
@@ -115,7 +111,6 @@ def plain_forward(q, k, v):
 
 def plain_backward(dout, q, k, v, out, lse):
     """dS_ij = P_ij (G_i.v_j - G_i.out_i), G = dout; then dq = s dS k, dk = s dS^T q, dv = P^T G.
-
     All (B, nh, T, hs) but lse (B, nh, T) -> dq, dk, dv."""
     s = 1 / math.sqrt(q.size(-1))
     S = s * (q @ k.mT).to(lse.dtype)                                            # (B, nh, T, T)
@@ -191,7 +186,7 @@ class MyopicAttention(torch.autograd.Function):
         if ctx.cut == "hidden":         # W_K and W_V are the reader's: they learn from everyone
             dw, db = learn()
         if ctx.horizon is not None:     # the stop-gradient: dk, dv of the near readers alone
-            _, dk, dv = split_heads(dqkv, ctx.n_head)                           # views into dqkv
+            _, dk, dv = split_heads(dqkv, ctx.n_head)       # views: dqkv itself is overwritten
             write_heard(dk, dv, G, q, k, v, out, lse, ctx.horizon)
         if ctx.cut == "kv":             # W_K and W_V are the writer's: they learn what x_j hears
             dw, db = learn()
@@ -223,7 +218,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, teacher_x=None):
-        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C): the teacher's ln_1 output, if frozen."""
+        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C), if frozen: the teacher's ln_1 output, from
+        which this model's own W_K and W_V make the past."""
         c, w, b = self.config, self.c_attn.weight, self.c_attn.bias
         if c.past == "own":     # vanilla, too, goes through the backward pass by hand
             y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)           # (B, T, C)
@@ -477,7 +473,6 @@ def token_losses(model, tokens, count, T):
 def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, first=0, grad_accum=1,
           grad_clip=1.0, dtype="float32", title="", after_step=lambda done: None):
     """Train the model in place, from step `first` to `steps`; a title is shown with the progress.
-
     next_batch(step) -> (x, y) on the model's device; model(x, y) -> (_, loss). The learning rate
     warms up for 5% of the steps, then falls along half a cosine to floor * learning_rate. Raises
     Refusal if loss or gradient are not finite, naming the step and the last good one."""
@@ -565,7 +560,10 @@ def run_experiments(path, wanted, vary, run, args):
     def agrees(record, settings, but=()):
         return all(k in but or (k in record and record[k] == v) for k, v in settings.items())
     records = load_records(path)
-    done = [] if args.fresh else [s for s in wanted if any(agrees(r, s) for r in records)]
+    if args.fresh and not args.plot_only:
+        records = [r for r in records if not any(agrees(r, s) for s in wanted)]
+        save_records(path, records)
+    done = [s for s in wanted if any(agrees(r, s) for r in records)]
     todo = [] if args.plot_only else [s for s in wanted if s not in done]
     if any(r["code"] != args.stamp["code"] for s in done for r in records if agrees(r, s)):
         print(f"{path}: runs of other code are used as they are; --fresh repeats them")
@@ -574,9 +572,8 @@ def run_experiments(path, wanted, vary, run, args):
               f"preset's settings on {args.minutes_on}; here: {args.stamp['device']}. -> {path}")
     for settings in todo:
         start, numbers = time.time(), run(settings)
-        records = [r for r in records if not agrees(r, settings)] + [dict(
-            settings, steps=settings["max_iters"], seconds=round(time.time() - start, 1),
-            **args.stamp, **numbers)]
+        records.append(dict(settings, steps=settings["max_iters"], **args.stamp, **numbers,
+                            seconds=round(time.time() - start, 1)))
         save_records(path, records)
     shown = [r for r in records if any(agrees(r, s, vary) for s in wanted)]
     if not shown:
@@ -608,8 +605,7 @@ def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
     """A figure and its (rows, columns) array of axes; sizes in inches per panel."""
     fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=130)
     axes = fig.subplots(rows, columns, squeeze=False, **shared)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
+    [ax.spines[["top", "right"]].set_visible(False) for ax in axes.flat]
     return fig, axes
 
 
@@ -673,7 +669,7 @@ def run_command(doc, presets, flags, argv, body):
     args = argparse.Namespace(**{"out_dir": Path("out", given["preset"]),
                                  **presets[given["preset"]], **given})
     sources = (Path(__file__).with_name(name) for name in ("myopic_gpt.py", "synthetic.py"))
-    code = hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()[:8]
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in sources if f.exists())).hexdigest()[:8]
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
     try:
         for name, value in given.items():
@@ -726,6 +722,8 @@ def checkpoint_path(s, out_dir):
 def run_text(s, text, args):
     """Train in one arm, or go on where its checkpoint stopped; -> the numbers of its record."""
     T, device, path = s["block_size"], args.device, checkpoint_path(s, args.out_dir)
+    if args.init_from and args.init_from.resolve() == path.resolve():
+        raise Refusal(f"--init_from {path} would be overwritten: name another --out_dir")
     torch.manual_seed(s["seed"])                                # the same weights in every arm
     start = load_checkpoint(args.init_from)[0] if args.init_from else GPT(GPTConfig(
         T, text.vocab_size, s["n_layer"], s["n_head"], s["n_embd"]))
@@ -739,11 +737,12 @@ def run_text(s, text, args):
             raise Refusal(f"arm {s['arm']} needs the trained {there}: add --arms vanilla --fresh")
         model.teach(teacher)
     model.to(device)
-    rng = torch.cuda if device == "cuda" else torch             # of the dropout masks
+    rng = torch if device == "cpu" else getattr(torch, device)  # of the dropout masks
     saved = {} if args.fresh or not path.exists() else load_checkpoint(path, device)[1]
     optimizer = model.configure_optimizers(0.1, s["learning_rate"], device_type=device)
     generator, curve, first = torch.Generator().manual_seed(s["seed"]), [], 0
-    if saved and [saved["config"].get(k) for k in ("settings", "code")] == [s, args.stamp["code"]]:
+    same = dict(settings=s, code=args.stamp["code"], device=device)
+    if saved and same.items() <= saved["config"].items():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["batch_rng"].cpu())
@@ -752,7 +751,6 @@ def run_text(s, text, args):
     # memory-mapped tokens stay on disk; others go to the device, where batches are then made
     tokens = torch.tensor(text.train.astype("i4"), device=device) if text.words else text.train
     loss_of = lambda split: token_losses(model, split, args.eval_windows, T)[0].mean().item()
-
     def next_batch(step):
         starts = torch.randint(len(tokens) - T, (s["batch_size"],), generator=generator)
         return [t.to(device) for t in windows(tokens, starts, T)]
@@ -762,12 +760,10 @@ def run_text(s, text, args):
             curve.append([n, loss_of(text.train), loss_of(text.val)])
         if n % args.save_every == 0 or n == s["max_iters"]:
             save_checkpoint(path, model, optimizer, n, batch_rng=generator.get_state(),
-                            dropout_rng=rng.get_rng_state(), more=dict(
-                                settings=s, code=args.stamp["code"], curve=curve, tokens=text.kind,
-                                words=text.words))
+                            dropout_rng=rng.get_rng_state(),
+                            more=dict(same, curve=curve, tokens=text.kind, words=text.words))
 
-    if not curve:
-        after_step(0)
+    curve or after_step(0)
     train(torch.compile(model) if s["compile"] else model, optimizer, next_batch, floor=0.1,
           steps=s["max_iters"], learning_rate=s["learning_rate"], first=first, dtype=s["dtype"],
           grad_accum=s["gradient_accumulation_steps"], after_step=after_step,
@@ -788,9 +784,9 @@ def run_text(s, text, args):
 def gaps(arms, names, value):
     """{name: {seed: value(record) minus that of vanilla with the same seed}}, where both are."""
     base = arms.get("vanilla", {})
-    found = {name: {seed: np.subtract(value(r), value(base[seed])) for seed, r in arms[name].items()
-                    if seed in base} for name in names if name in arms}
-    return {name: gap for name, gap in found.items() if gap}
+    seeds = {name: sorted(arms[name].keys() & base) for name in names if name in arms}
+    return {name: {s: np.subtract(value(arms[name][s]), value(base[s])) for s in both}
+            for name, both in seeds.items() if both}
 
 
 def plot_passage(vanilla, myopic, path, caption):
@@ -821,9 +817,8 @@ def report(records, out_dir):
     for r in records:
         sizes[r["n_params"]][r["arm"]][r["seed"]] = r
     n_params, arms = max(sizes.items(), key=lambda pair: (len(pair[1]), pair[0]))   # most arms
-    seeds = len({r["seed"] for r in records})
-    seeds = f"{seeds} seeds" if seeds > 2 else f"preliminary: {seeds} seed(s)"
-    about = f"{r['data']}, {r['tokens']} tokens, {r['steps']} steps; {seeds}"
+    n = len({r["seed"] for r in records})
+    about = f"{r['data']}, {r['tokens']}s, {r['steps']} steps, {n} seeds{', preliminary' * (n < 3)}"
     caption, file = f"{n_params:,} parameters; {about}", f"{{}}_{r['tokens']}.png".format
     cuts, loss_gap = ("vanilla", "myopic", "myopic_kv"), "loss − vanilla's (nats)"
     final, by_position = (lambda r: r["val_loss"]), (lambda r: r["loss_by_position"])
@@ -849,14 +844,15 @@ def report(records, out_dir):
                    gaps(arms, cuts, lambda r: [val for _, _, val in r["curve"]]),
                    title="The myopia gap while training", xlabel="training steps", ylabel=loss_gap)
         save_figure(fig, out_dir / file("text_steps"), caption)
-        passages = [r["passage"] for a in cuts[:2] for r in arms[a].values() if "passage" in r]
-        if len(passages) == 2:
-            plot_passage(*passages, out_dir / file("text_passage"), caption)
+        both = [s for s in arms[cuts[0]] if all("passage" in arms[a].get(s, []) for a in cuts[:2])]
+        if both:
+            plot_passage(*(arms[a][both[0]]["passage"] for a in cuts[:2]),
+                         out_dir / file("text_passage"), caption)
     at = {n: gaps(sizes[n], cuts, final) for n in sorted(sizes) if set(cuts) <= sizes[n].keys()}
     all_seeds = [set(gap.get(arm, {})) for gap in at.values() for arm in cuts]
-    if len(at) > 1 and (both := set.intersection(*all_seeds)):
+    if len(at) > 1 and (shared := set.intersection(*all_seeds)):
         fig, ((ax,),) = new_figure(width=5.5)
-        draw_lines(ax, [*at], {arm: {s: [at[n][arm][s] for n in at] for s in both} for arm in cuts},
+        draw_lines(ax, at, {arm: {s: [at[n][arm][s] for n in at] for s in shared} for arm in cuts},
                    xscale="log", title="The gap and the model's size", xlabel="parameters",
                    ylabel=loss_gap)
         save_figure(fig, out_dir / file("text_sizes"), about)
@@ -919,8 +915,8 @@ def bench(args):
                 for a in (block.attn for block in model.transformer.h):
                     a.forward = lambda x, _, a=a: a.c_proj(way(x, *a.c_attn.parameters()))
                 train(model, optimizer, lambda _: xy, steps=1, learning_rate=1e-3, dtype=args.dtype)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
+            if args.device != "cpu":
+                getattr(torch, args.device).synchronize()
             return time.perf_counter() - start
         rounds, until = [], math.inf                            # the first round is a warm-up
         while len(rounds) < 6 or time.time() < until:
@@ -929,15 +925,15 @@ def bench(args):
         t = np.array(rounds[1:])                                                # (rounds, ways)
         rows.append([f"{what}\nT {T}"])
         for n, way in enumerate(ways):
-            low, ratio, high = np.quantile(t[:, n] / t[:, 0], [0.25, 0.5, 0.75])
-            ms = 1000 * np.median(t[:, n])
-            records.append(dict(what=what, T=T, way=way, ms=ms, ratio=ratio, quartiles=[low, high],
+            q = np.quantile(t[:, n] / t[:, 0], [0.25, 0.5, 0.75]).tolist()
+            records.append(dict(what=what, T=T, way=way, ms=1000 * np.median(t[:, n]), quartiles=q,
                                 rounds=len(t), dtype=args.dtype, **args.stamp))
-            rows[-1].append(f"{ratio:.2f}\n{low:.2f}–{high:.2f}\n{ms:.0f} ms")
+            rows[-1].append(f"{q[1]:.2f}\n{q[0]:.2f}–{q[2]:.2f}\n{records[-1]['ms']:.0f} ms")
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
                 seconds(ways[way])
-                records[-1]["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                records[-1]["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
                 rows[-1][-1] += f"\n{records[-1]['peak_mib']:.0f} MiB"
         save_records(args.out_dir / "bench.json", records)
     print_table(f"Forward and backward on {args.stamp['device']}", ["", *ways], rows, "time over "
@@ -956,14 +952,15 @@ def experiments(args):
         shapes += args.shapes
     [GPTConfig(args.block_size, 1, *shape, args.dropout) for shape in shapes]   # refuses bad ones
     data, keys = " ".join(map(str, args.data or ["python"])), ("block_size", "dropout", "max_iters",
-        "batch_size", "gradient_accumulation_steps", "dtype", "compile")
+        "batch_size", "gradient_accumulation_steps", "vocab_size", "dtype", "compile")
     for kind in [start["tokens"]] if start.get("words") else args.tokens:
-        if args.plot_only:      # the text is not read again: any of this name serves
-            text, sha = None, {}
-            kind = "bin" if (data, "bin") in {(r["data"], r["tokens"]) for r in records} else kind
+        if args.plot_only:      # the text is not read again: take the last one of this name
+            text, old = None, [r for r in records if r["tokens"] in (kind, "bin") and (
+                r["data"], r.get("vocab_size")) == (data, args.vocab_size)]
+            kind, sha = (old[-1]["tokens"], old[-1]["data_sha256"]) if old else (kind, None)
         else:
             text = load_text(args.data, kind, args.vocab_size, start.get("words"))
-            sha, kind = dict(data_sha256=text.sha256), text.kind
+            sha, kind = text.sha256, text.kind
             if (n := min(len(text.train), len(text.val))) <= args.block_size:
                 raise Refusal(f"block_size {args.block_size} is not below {n}, the size of a split "
                               f"of --data {data}: give more text, or lower --block_size")
@@ -971,14 +968,16 @@ def experiments(args):
                 raise Refusal(f"{text.vocab_size} {kind} tokens do not fit {args.init_from}: give "
                               f"its own --data, and --vocab_size {c.vocab_size}")
         # one rule for all arms: the wider the model, the smaller its learning rate
-        wanted = [dict({k: getattr(args, k) for k in keys} | sha, task="text", arm=arm, seed=seed,
-                       n_layer=l, n_head=h, n_embd=C, tokens=kind, data=data,
+        wanted = [dict({k: getattr(args, k) for k in keys}, task="text", arm=arm, seed=seed,
+                       n_layer=l, n_head=h, n_embd=C, tokens=kind, data=data, data_sha256=sha,
                        init_from=args.init_from and str(args.init_from),
                        learning_rate=args.learning_rate * math.sqrt(c.n_embd / C))
                   for l, h, C in shapes for seed in range(args.seed, args.seed + args.seeds)
                   for arm in args.arms]
         report(run_experiments(path, wanted, ("arm", "seed"), lambda s: run_text(s, text, args),
                                args), args.out_dir)
+        if kind == "bin":       # --tokens does not matter to it
+            break
 
 
 def main(argv=None):
