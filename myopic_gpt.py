@@ -852,7 +852,7 @@ def report(records, out_dir):
     all_seeds = [set(gap.get(arm, {})) for gap in at.values() for arm in cuts]
     if len(at) > 1 and (shared := set.intersection(*all_seeds)):
         fig, ((ax,),) = new_figure(width=5.5)
-        draw_lines(ax, at, {arm: {s: [at[n][arm][s] for n in at] for s in shared} for arm in cuts},
+        draw_lines(ax, [*at], {a: {s: [at[n][a][s] for n in at] for s in shared} for a in cuts},
                    xscale="log", title="The gap and the model's size", xlabel="parameters",
                    ylabel=loss_gap)
         save_figure(fig, out_dir / file("text_sizes"), about)

@@ -2,10 +2,10 @@
 
     x_n ~ N(0, 1)    z_n ~ Bernoulli(p)    y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n
 
-Where z_n = 1 the answer needs a sines of earlier inputs. A layer of attention can add up a values,
-but it cannot take a sines first. So a model of two layers does best if layer 1 computes sin(b x_n)
+Where z_n = 1 the answer needs `a` sines of past inputs. A layer of attention can add up `a` values,
+but it cannot take `a` sines first. A model of two layers can do it if layer 1 computes sin(b x_n)
 at every position n, although n itself has no use for it, and layer 2 adds up what lies ready. That
-is pre-caching: only gradient from later losses can teach it, and myopic training stops it.
+is pre-caching: it takes gradient from later losses, and myopic training stops that.
 
     python synthetic.py                      # p = 1, three arms, three seeds: minutes on two cores
     python synthetic.py --preset smoke       # the same in seconds

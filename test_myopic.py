@@ -569,12 +569,12 @@ def test_runs_are_recorded_once(tmp_path, capsys, monkeypatch):
     assert other[-1]["huber_over_p"] != first[2]["huber_over_p"]                # another seed
 
 
-@mark.parametrize("script, figure", [(synthetic, "precache"), (mg, "text_positions_byte")])
+@mark.parametrize("script, figure", [(synthetic, "precache"), (mg, "text_sizes_byte")])
 def test_plot_only_redraws(tmp_path, script, figure):
     out, file = tmp_path / "out", tmp_path / f"out/{figure}.png"
-    call(script, out, "--max_iters 2 --arms vanilla myopic")
+    call(script, out, "--max_iters 2 --arms vanilla myopic myopic_kv")
     file.unlink()
-    call(script, out, "--max_iters 2 --arms vanilla myopic --plot_only")
+    call(script, out, "--max_iters 2 --arms vanilla myopic myopic_kv --plot_only")
     assert file.read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob(".part*")), "no half-written file is left"
 
