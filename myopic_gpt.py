@@ -33,6 +33,7 @@ import hashlib
 import json
 import math
 import platform
+import random
 import re
 import sys
 import time
@@ -889,7 +890,7 @@ def write_sample(args):
 def bench(args):
     """Time every way of attention against our vanilla -> a table and <out_dir>/bench.json: forward
     + backward of the attention sublayer up to its out-projection, then one step of training a GPT.
-    A round runs every way once; a ratio is of two times of the same round."""
+    A round runs every way once, in any order; a ratio is of two times of the same round."""
     n_layer, n_head, C, n_tokens, at_least, step_T, *Ts = BENCH[args.device]
     model = GPT(GPTConfig(step_T, 256, n_layer, n_head, C)).to(args.device)
     optimizer = model.configure_optimizers(0.1, 1e-3, device_type=args.device)
@@ -920,9 +921,9 @@ def bench(args):
             return time.perf_counter() - start
         rounds, until = [], math.inf                            # the first round is a warm-up
         while len(rounds) < 6 or time.time() < until:
-            rounds.append([seconds(way) for way in ways.values()])
+            rounds.append({way: seconds(ways[way]) for way in random.sample([*ways], len(ways))})
             until = min(until, time.time() + at_least)
-        t = np.array(rounds[1:])                                                # (rounds, ways)
+        t = np.array([[times[way] for way in ways] for times in rounds[1:]])    # (rounds, ways)
         rows.append([f"{what}\nT {T}"])
         for n, way in enumerate(ways):
             q = np.quantile(t[:, n] / t[:, 0], [0.25, 0.5, 0.75]).tolist()
