@@ -505,7 +505,7 @@ def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, firs
 
 def write_whole(path, write):
     """write(a temporary path), then rename: the file at `path` is whole at any time, old or new."""
-    part = path.with_name(f".part.{path.name}")
+    part = path.with_name(f".part.{time.time_ns()}.{path.name}")    # no other process's
     write(part)
     part.replace(path)
 
@@ -572,10 +572,12 @@ def run_experiments(path, wanted, vary, run, args):
         print(f"{len(todo)} runs, about {len(todo) * args.minutes_per_run:.1f} minutes with the "
               f"preset's settings on {args.minutes_on}; here: {args.stamp['device']}. -> {path}")
     for settings in todo:
+        args.compile and torch.compiler.reset()     # or torch stops compiling after eight models
         start, numbers = time.time(), run(settings)
-        records.append(dict(settings, steps=settings["max_iters"], **args.stamp, **numbers,
-                            seconds=round(time.time() - start, 1)))
-        save_records(path, records)
+        records = [r for r in load_records(path) if not agrees(r, settings)] + [dict(
+            settings, steps=settings["max_iters"], **args.stamp, **numbers,
+            seconds=round(time.time() - start, 1))]
+        save_records(path, records)     # read anew: another process may have added to the file
     shown = [r for r in records if any(agrees(r, s, vary) for s in wanted)]
     if not shown:
         raise Refusal(f"{path} has no results for these settings: run without --plot_only first")
@@ -591,8 +593,7 @@ def mean_sd(values, digits=2):
 
 def print_table(title, header, rows, caption):
     grid = table.Table(*header, title=title, caption=caption)
-    for row in rows:
-        grid.add_row(*row)
+    [grid.add_row(*row) for row in rows]
     console.Console(width=None if sys.stdout.isatty() else 110).print(grid)
 
 
@@ -674,7 +675,7 @@ def run_command(doc, presets, flags, argv, body):
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
     try:
         for name, value in given.items():
-            low = 0 if name in ("seed", "max_iters", "learning_rate", "dropout", "b") else 1
+            low = int(type(value) is int and name not in ("seed", "max_iters"))
             if type(value) in (int, float) and not low <= value < math.inf:     # nan fails, too
                 raise Refusal(f"{name} is {value}: give a number, at least {low}")
         args.arms = sorted(dict.fromkeys(args.arms),            # a teacher before its pupils
@@ -712,7 +713,7 @@ PRESETS = {     # shapes: (n_layer, n_head, n_embd) of further models, for the g
                   learning_rate=3e-3, save_every=350, eval_windows=256, minutes_per_run=0.6),
     "full": dict(COMMON, seeds=3, n_layer=4, n_head=4, n_embd=128, tokens=["byte", "word"],
                  shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], max_iters=1000, learning_rate=2e-3,
-                 save_every=500, eval_windows=512, minutes_per_run=0.3, minutes_on="one H200"),
+                 save_every=500, eval_windows=512, minutes_per_run=0.3, minutes_on="a GPU (guess)"),
 }
 
 
@@ -916,8 +917,7 @@ def bench(args):
                 for a in (block.attn for block in model.transformer.h):
                     a.forward = lambda x, _, a=a: a.c_proj(way(x, *a.c_attn.parameters()))
                 train(model, optimizer, lambda _: xy, steps=1, learning_rate=1e-3, dtype=args.dtype)
-            if args.device != "cpu":
-                getattr(torch, args.device).synchronize()
+            args.device == "cpu" or getattr(torch, args.device).synchronize()
             return time.perf_counter() - start
         rounds, until = [], math.inf                            # the first round is a warm-up
         while len(rounds) < 6 or time.time() < until:

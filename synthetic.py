@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import myopic_gpt as mg
 
 COMMON = dict(arms=["vanilla", "myopic", "myopic_kv"], seed=0, n_layer=2, n_head=2, embd_std=0.05,
-              learning_rate=2e-3, minutes_on="two CPU cores")
+              wave_std=0.0, learning_rate=2e-3, minutes_on="two CPU cores")
 PRESETS = {     # b_start: the frequency that training begins with, see next_batch in run_precache
     "smoke": dict(COMMON, seeds=1, p=[1.0], a=3, b=2.0, b_start=1.0, block_size=12, n_embd=16,
                   batch_size=16, max_iters=20, eval_sequences=128, minutes_per_run=0.01),
@@ -35,7 +35,8 @@ PRESETS = {     # b_start: the frequency that training begins with, see next_bat
                   batch_size=128, max_iters=800, eval_sequences=2048, minutes_per_run=0.6),
     "full": dict(COMMON, seeds=3, p=[0.01, 0.1, 0.3, 1.0], a=10, b=10.0, b_start=2.0, block_size=64,
                  n_embd=128, batch_size=512, max_iters=11718, eval_sequences=8192,
-                 learning_rate=1e-3, minutes_per_run=1.0, minutes_on="one H200"),
+                 embd_std=0.1, wave_std=0.1, learning_rate=1e-3, minutes_per_run=1.0,
+                 minutes_on="a GPU (guess)"),
 }
 PAPER = {   # Huber / p of the paper's runs: one seed, a = b = 10
     0.01: dict(vanilla=0.096, myopic=1.10), 0.1: dict(vanilla=0.016, myopic=0.97),
@@ -63,9 +64,11 @@ def trivial_prediction(x):
 
 
 class SineModel(mg.GPT):
-    """GPT with ReLUs, a linear embedding of (x, z) and a linear read-out of one number."""
+    """GPT with ReLUs, a linear embedding of (x, z) and a linear read-out of one number. Learned
+    positions start at random (deviation 0.02) or, if wave_std > 0, as sines and cosines whose
+    mean square is wave_std^2: channel c goes through T^(-c/C) radians per position."""
 
-    def __init__(self, config, embd_std=0.02):
+    def __init__(self, config, embd_std=0.02, wave_std=0.0):
         super().__init__(config)
         for block in self.transformer.h:
             block.mlp.act = nn.ReLU()
@@ -74,6 +77,10 @@ class SineModel(mg.GPT):
         for layer, std in ((self.transformer.wte, embd_std), (self.lm_head, 0.02)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)      # a random one spreads the kinks: a sine by chance
+        if wave_std:
+            T, c = config.block_size, torch.arange(config.n_embd)
+            angle = torch.arange(T)[:, None] * T ** (-c / len(c)) + math.pi / 2 * (c % 2)   # (T, C)
+            self.transformer.wpe.weight.data.copy_(math.sqrt(2) * wave_std * angle.sin())
 
     def forward(self, x, y=None):
         """x (B, T, 2), y (B, T) -> prediction (B, T), Huber loss (delta 1) or None."""
@@ -98,7 +105,7 @@ def huber_losses(model, x, y, p):
 
 @torch.no_grad()
 def probe_data(model, x, lookbacks):
-    """Rows for the probe: one per sequence and per position that has `lookbacks` inputs behind it.
+    """Rows for the probe: one per sequence and position with all `lookbacks` inputs, its own first.
 
     Returns hidden states (L+1, rows, C), past inputs x_{n-i} (rows, K): float64, on the CPU."""
     T, K = x.size(1), lookbacks
@@ -152,15 +159,15 @@ def run_precache(s, device, pictures):
     torch.manual_seed(s["seed"])
     config = mg.GPTConfig(s["block_size"], 1, s["n_layer"], s["n_head"], s["n_embd"],
                           **mg.arm_fields(s["arm"]))
-    model = SineModel(config, s["embd_std"]).to(device)
+    model = SineModel(config, s["embd_std"], s["wave_std"]).to(device)
     batches = torch.Generator(device).manual_seed(1_000 + s["seed"])
     x, y = sample_batch(s["eval_sequences"], s["block_size"], s["p"], s["a"], s["b"],
                         torch.Generator(device).manual_seed(10_000))
     untrained = probe_model(model, s, device, pictures)         # the control: same seed, step 0
     curve = []
 
-    def next_batch(step):   # from easy to hard, alike in every arm: b rises over the first 60%
-        b = min(s["b"], s["b_start"] + (s["b"] - s["b_start"]) * step / (0.6 * s["max_iters"]))
+    def next_batch(step):   # from easy to hard, alike in every arm: b moves over the first 60%
+        b = s["b_start"] + (s["b"] - s["b_start"]) * min(1, step / (0.6 * s["max_iters"]))
         return sample_batch(s["batch_size"], s["block_size"], s["p"], s["a"], b, batches)
 
     def after_step(n):
@@ -288,8 +295,8 @@ def plot_by_p(records, out_dir):
         return
     fig, ((ax,),) = mg.new_figure(width=5.5, height=3.8)
     for arm in arms if same_task(records[0]) else []:
-        ax.plot(ps, [PAPER[p].get(arm) for p in ps], "*", markersize=10, markerfacecolor="none",
-                color=mg.LOOKS.get(arm, mg.LOOKS["other"])[0])
+        ax.plot(ps, [PAPER.get(p, {}).get(arm) for p in ps], "*", markersize=10,
+                markerfacecolor="none", color=mg.LOOKS.get(arm, mg.LOOKS["other"])[0])
     loss = {(r["arm"], r["seed"], r["p"]): r["huber_over_p"] for r in records}
     seeds = [s for s in {r["seed"] for r in records}
              if all((a, s, p) in loss for a in arms for p in ps)]
@@ -338,9 +345,9 @@ def experiments(args):
         raise mg.Refusal(f"a is {args.a}: make it less than block_size, {args.block_size}")
     mg.GPTConfig(args.block_size, 1, args.n_layer, args.n_head, args.n_embd)  # refuses bad shapes
     shared = {k: getattr(args, k) for k in (
-        "a", "b", "b_start", "block_size", "n_layer", "n_head", "n_embd", "embd_std", "batch_size",
-        "gradient_accumulation_steps", "max_iters", "learning_rate", "dtype", "compile",
-        "eval_sequences")}
+        "a", "b", "b_start", "block_size", "n_layer", "n_head", "n_embd", "embd_std", "wave_std",
+        "batch_size", "gradient_accumulation_steps", "max_iters", "learning_rate", "dtype",
+        "compile", "eval_sequences")}
     wanted = [dict(task="precache", arm=arm, p=p, seed=seed, **shared)
               for seed in range(args.seed, args.seed + args.seeds)
               for p in dict.fromkeys(args.p) for arm in args.arms]
@@ -360,6 +367,8 @@ def main(argv=None):
         "--a": dict(type=int, metavar="N", help="how many sines are summed"),
         "--b": dict(type=float, metavar="X", help="frequency of the sine"),
         "--b_start": dict(type=float, metavar="X", help="frequency that training begins with"),
+        "--embd_std": dict(type=float, metavar="X", help="scale of the embedding at the start"),
+        "--wave_std": dict(type=float, metavar="X", help="scale of positions as waves; 0: random"),
     }, argv, experiments)
 
 

@@ -24,8 +24,7 @@ torch.set_num_threads(1)    # the tensors here are tiny: more threads would only
 
 def relative_error(a, b):
     """|a - b| / |b|, or |a| where b is zero."""
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / (b.norm() or 1)).item()
+    return ((a.double() - b.double()).norm() / (b.double().norm() or 1)).item()
 
 
 def assert_agree(got, true, tolerance=1e-10):
@@ -214,8 +213,7 @@ def test_bfloat16(monkeypatch, fused, cut, horizon):
     (mg.myopic_attention, False), (oracle, True)])      # the textbook way: the check can fail
 def test_no_saved_tensor_has_two_T_axes(attention, quadratic):
     assert mg.fused_serves("cpu", torch.float64, 4)
-    T, shapes = 37, []
-    (x, w, b), _ = attention_inputs(T)
+    T, shapes, ((x, w, b), _) = 37, [], attention_inputs(37)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape), lambda _: None):
         attention(x, w, b, 3, 0, "hidden")
     assert shapes and any(shape.count(T) > 1 for shape in shapes) == quadratic
@@ -234,7 +232,7 @@ def test_bad_arguments_and_second_derivatives_are_refused():
 @mark.parametrize("arm", ["vanilla", "myopic", "myopic_kv", "horizon_2", "bigram"])
 def test_compiled_gradient_is_the_eager_one(arm):
     model = make_gpt(n_layer=1, **mg.arm_fields(arm))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_agree(gradients(compiled, *batch(6)), gradients(model, *batch(6)), 1e-12)
 
@@ -274,12 +272,11 @@ def test_vanilla_keys_hear_every_reader_from_themselves_on(route):
     g = torch.Generator().manual_seed(0)
     q, k, v, G = torch.randn(4, 1, 2, 6, 4, generator=g, dtype=torch.float64)
     out, lse = forward(q, k, v)
-    for i in range(6):
+    for i, j in itertools.product(range(6), range(6)):
         only_i = G * (torch.arange(6) == i)[:, None]
         _, dk, dv = backward(only_i, q, k, v, out, lse)
-        for j in range(6):
-            assert (dv[:, :, j].norm() > 1e-9) == (j <= i)
-            assert (dk[:, :, j].norm() > 1e-9) == (j <= i and i > 0)    # reader 0 has no choice
+        assert (dv[:, :, j].norm() > 1e-9) == (j <= i)
+        assert (dk[:, :, j].norm() > 1e-9) == (j <= i and i > 0)        # reader 0 has no choice
 
 
 # ------------------------ the synthetic task
@@ -322,12 +319,13 @@ def test_probe_rows_line_up_with_their_inputs():
     assert all(isinstance(block.mlp.act, nn.ReLU) for block in model.transformer.h)
 
 
-def test_frequency_rises_to_its_goal(monkeypatch, tmp_path):
+@mark.parametrize("b", [2, 0.5])
+def test_frequency_moves_to_its_goal(monkeypatch, tmp_path, b):
     drawn, original = [], synthetic.sample_batch
     monkeypatch.setattr(synthetic, "sample_batch", lambda *a: drawn.append(a) or original(*a))
-    call(synthetic, tmp_path / "out", "--arms vanilla --max_iters 10")
+    call(synthetic, tmp_path / "out", f"--arms vanilla --max_iters 10 --b {b}")
     trained = [b for n, _, _, _, b, _ in drawn if n == 16]     # 16: batch_size of smoke
-    assert trained == pytest.approx([1, 7 / 6, 8 / 6, 9 / 6, 10 / 6, 11 / 6, 2, 2, 2, 2])
+    assert trained == pytest.approx([1 + (b - 1) * n / 6 for n in range(6)] + 4 * [b])
 
 
 # ------------------------ training
@@ -384,7 +382,6 @@ def test_training_learns(dtype):
 
 def test_a_loss_that_is_not_finite_stops():
     model, steps = make_gpt(torch.float32), []
-
     def next_batch(step):
         if len(steps) == 3:
             nn.init.constant_(model.lm_head.weight, math.inf)
@@ -459,7 +456,6 @@ def test_python_brings_its_own_text():
 @mark.parametrize("last", [0, 4])
 def test_resume_is_bitwise_the_same(tmp_path, monkeypatch, last):
     flags, save = "--n_embd 8 --save_every 4 --arms myopic --dropout 0.2", mg.save_checkpoint
-
     def interrupted(path, model, optimizer, step, **more):
         save(path, model, optimizer, step, **more)
         if step == last:
@@ -515,8 +511,7 @@ def test_our_checkpoint_is_nanogpts_and_writes_text(tmp_path, capsys):
     call(mg, tmp_path / "out", "--n_embd 8 --arms myopic")
     saved = torch.load(next((tmp_path / "out").glob("*.pt")), weights_only=True)
     assert saved["config"]["horizon"] == 0 and saved["config"]["tokens"] == "byte"
-    plain = mg.GPT(mg.GPTConfig(**saved["model_args"]))
-    plain.load_state_dict(saved["model"], strict=True)
+    mg.GPT(mg.GPTConfig(**saved["model_args"])).load_state_dict(saved["model"], strict=True)
     assert sorted(saved["model_args"]) == sorted(SEVEN)
     layers = ["ln_f", *(f"h.{l}.{name}" for l in (0, 1) for name in (
         "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"))]
@@ -569,6 +564,15 @@ def test_runs_are_recorded_once(tmp_path, capsys, monkeypatch):
     assert other[-1]["huber_over_p"] != first[2]["huber_over_p"]                # another seed
 
 
+def test_torch_compiles_every_run(tmp_path):        # it stops after eight models of one class
+    compiled, backend = [], lambda graph, _: compiled.append(graph) or graph
+    run = lambda s: torch.compile(make_gpt(horizon=s["seed"]), backend=backend)(*batch(4)) and {}
+    args = Mock(fresh=False, plot_only=False, minutes_per_run=1, stamp=dict(device="", code=""))
+    wanted = [dict(task="text", arm="myopic", seed=n, max_iters=1) for n in range(9)]
+    mg.run_experiments(tmp_path / "records.json", wanted, ("seed",), run, args)
+    assert len(compiled) == 9
+
+
 @mark.parametrize("script, figure", [(synthetic, "precache"), (mg, "text_sizes_byte")])
 def test_plot_only_redraws(tmp_path, script, figure):
     out, file = tmp_path / "out", tmp_path / f"out/{figure}.png"
@@ -588,12 +592,8 @@ def test_bench_measures_every_way(tmp_path, monkeypatch):
     assert all(r["ms"] > 0 and (r["way"] != "vanilla" or r["quartiles"][1] == 1) for r in records)
 
 
-def numbers(text):
-    """Of "p 0, a 12": flags "--p 0" are refused with "p is 0", "--a 12" with "a is 12"."""
-    return [(f"--{number}", number.replace(" ", " is ")) for number in text.split(", ")]
-
-
 # Flags and what the message has to say. Capitals name a file that the test below writes.
+numbers = lambda text: [(f"--{n}", n.replace(" ", " is ")) for n in text.split(", ")]
 BOTH = [
     *numbers("n_layer 0, n_head 0, n_embd 0, block_size 0, batch_size 0, seeds 0, max_iters -1, "
              "learning_rate -1, learning_rate nan, learning_rate inf"),
