@@ -166,7 +166,7 @@ def run_precache(s, device, pictures):
     untrained = probe_model(model, s, device, pictures)         # the control: same seed, step 0
     curve = []
 
-    def next_batch(step):   # from easy to hard, alike in every arm: b moves over the first 60%
+    def next_batch(step):   # in every arm alike, b goes from b_start to b over the first 60%
         b = s["b_start"] + (s["b"] - s["b_start"]) * min(1, step / (0.6 * s["max_iters"]))
         return sample_batch(s["batch_size"], s["block_size"], s["p"], s["a"], b, batches)
 
@@ -218,7 +218,7 @@ def plot_evidence(records, out_dir):
         ylabel="loss / loss of the trivial predictor")
     draw_probe(right, arms, 1, f"Whose layer 1 prepares sin({r['b']:g}·x) for later?")
     mg.save_figure(fig, out_dir / "precache.png", f"p = {p:g}, a = {r['a']}, b = {r['b']:g} "
-                   f"(from {r['b_start']:g} up until 60% of the steps); {seeds_text(records)}")
+                   f"(from {r['b_start']:g} over 60% of the steps); {seeds_text(records)}")
 
 
 def draw_probe(ax, arms, layer, title):
