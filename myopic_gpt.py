@@ -18,26 +18,32 @@ of one sublayer: MyopicAttention, below. One choice is left: when i reads k_j = 
 is that? The reader's, i, in the paper (cut="hidden"); the writer's, j, elsewhere (cut="kv"). Either
 way nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024), arXiv 2404.00859.
 
-    python myopic_gpt.py                        # five arms on the English that ships with Python
-    python myopic_gpt.py --init_from ckpt.pt --data data/ --arms vanilla myopic --learning_rate 1e-4
-    python myopic_gpt.py --sample "The "        # write text with the trained vanilla model
+    python myopic_gpt.py --preset demo                # every arm once, in seconds
+    python myopic_gpt.py                              # English, three seeds: minutes on two cores
+    python myopic_gpt.py --data book.txt --out_dir out/book
 
 Letters in shapes: B batch, T positions, C = n_embd channels, nh heads of size hs = C/nh, V tokens.
 The gradient of the loss with respect to X is called dX and has X's shape.
 """
+
 import argparse
 import ast
 import collections
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import platform
-import random
 import re
+import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +51,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from rich import console, table
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 # ------------------------ configuration
@@ -55,6 +63,7 @@ from tqdm import tqdm
 #            "kv": at k_j, v_j themselves, so W_K and W_V learn from their own position alone
 #   past     keys and values of the past are made from the model's "own" states, from those of a
 #            "frozen" trained vanilla model, or are "zero"; the last two ignore horizon and cut
+# fmt: off
 ARMS = {
     "vanilla":      dict(horizon=None, cut="hidden", past="own"),
     "myopic":       dict(horizon=0, cut="hidden", past="own"),
@@ -62,22 +71,38 @@ ARMS = {
     "local_myopic": dict(horizon=0, cut="hidden", past="frozen"),
     "bigram":       dict(horizon=0, cut="hidden", past="zero"),
 }
+# fmt: on
 
 
-class Refusal(ValueError):
-    """Bad input. The message names the value and the mend; main() prints it and exits with 2."""
+class UsageError(ValueError):
+    """Bad input. The message names the value and what to do; main() prints it and exits with 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UsageError(message)
+
+
+def arm_fields(name):
+    """The three fields of an arm of ARMS or of 'horizon_<h>'. Raises UsageError for other names."""
+    if name.startswith("horizon_") and name[8:].isdecimal():
+        return dict(horizon=int(name[8:]), cut="hidden", past="own")
+    require(name in ARMS, f"arm {name} is unknown: choose from {', '.join(ARMS)}, horizon_<h>")
+    return ARMS[name]
 
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields and the arm's three: see ARMS.
+    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError for a bad value.
+
     A horizon h > 0 is neither gradient of the definition but a road between the two: over n_layer
     layers a gradient may travel n_layer * h positions. h >= T - 1 is the same as None."""
-    block_size: int = 64
-    vocab_size: int = 256
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
     dropout: float = 0.0
     bias: bool = True
     horizon: int | None = None
@@ -85,40 +110,93 @@ class GPTConfig:
     past: str = "own"
 
     def __post_init__(self):
-        for name, good, mend in (
-                *((name, getattr(self, name) >= 1, "at least 1") for name in (
-                    "block_size", "vocab_size", "n_layer", "n_head", "n_embd")),
-                ("n_embd", self.n_embd % (self.n_head or 1) == 0, f"a multiple of {self.n_head}"),
-                ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
-                ("horizon", self.horizon is None or self.horizon >= 0, "None, 0 or more"),
-                ("cut", self.cut in ("hidden", "kv"), "'hidden' or 'kv'"),
-                ("past", self.past in ("own", "frozen", "zero"), "'own', 'frozen' or 'zero'")):
-            if not good:
-                raise Refusal(f"{name} is {getattr(self, name)!r}: make it {mend}")
+        divides = self.n_head > 0 and self.n_embd % self.n_head == 0
+        require(divides, f"n_embd is {self.n_embd}: make it a multiple of n_head {self.n_head}")
+        positive = self.horizon is None or self.horizon >= 0
+        require(positive, f"horizon is {self.horizon}: make it None, 0 or more")
+        require(self.cut in ("hidden", "kv"), f"cut is {self.cut!r}: choose 'hidden' or 'kv'")
+        require(self.past in ("own", "frozen", "zero"), f"past is {self.past!r}: see ARMS")
 
 
-# ------------------------ two primitives
-# All that the backward pass needs from attention: here as plain matrix products, to be read. After
-# the model stand their fused twins, which never build the (T, T) matrix.
+# ------------------------ attention, forward and backward: plain to be read, fused to be fast
+#     P = softmax_causal(s q k^T)     O = P v     lse_i = log sum_{j<=i} exp(s q_i.k_j)
+#     dS_ij = P_ij (G_i.v_j - G_i.O_i)            G = dO, s = 1 / sqrt(hs)
+#     dq_i = s sum_j dS_ij k_j        dk_j = s sum_i dS_ij q_i        dv_j = sum_i P_ij G_i
+# q, k, v, O and their gradients are (B, nh, T, hs), lse (B, nh, T) in float32 or float64.
+
 
 def plain_forward(q, k, v):
-    """S = q k^T / sqrt(hs), P = softmax_causal(S), out = P v; lse_i = log sum_{j<=i} exp S_ij.
-    q, k, v (B, nh, T, hs) -> out (B, nh, T, hs), lse (B, nh, T), in float32 at least."""
-    S = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.size(-1))
-    S = S.masked_fill(torch.ones_like(S[0, 0], dtype=torch.bool).triu(1), -math.inf)  # (.., T, T)
-    lse = S.logsumexp(-1)                                                       # (B, nh, T)
-    return (S - lse[..., None]).exp().to(v.dtype) @ v, lse
+    q, k, wide_v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+    S = q @ k.mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
+    future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)  # (T, T)
+    lse = S.masked_fill(future, -math.inf).logsumexp(-1)  # (B, nh, T)
+    P = (S - lse[..., None]).exp().tril()  # (B, nh, T, T)
+    return (P @ wide_v).to(v.dtype), lse
 
 
-def plain_backward(dout, q, k, v, out, lse):
-    """dS_ij = P_ij (G_i.v_j - G_i.out_i), G = dout; then dq = s dS k, dk = s dS^T q, dv = P^T G.
-    All (B, nh, T, hs) but lse (B, nh, T) -> dq, dk, dv."""
-    s = 1 / math.sqrt(q.size(-1))
-    S = s * (q @ k.mT).to(lse.dtype)                                            # (B, nh, T, T)
-    P = (S - lse[..., None]).exp().tril()                                       # (B, nh, T, T)
-    dS = P * (dout @ v.mT - rowdot(dout, out)[..., None])                       # (B, nh, T, T)
-    P, dS = P.to(q.dtype), (s * dS).to(q.dtype)
-    return dS @ k, dS.mT @ q, P.mT @ dout                                       # (B, nh, T, hs)
+def plain_backward(G, q, k, v, out, lse):
+    dtype, s = q.dtype, 1 / math.sqrt(q.size(-1))
+    G, q, k, v, out = (t.to(lse.dtype) for t in (G, q, k, v, out))
+    P = (s * q @ k.mT - lse[..., None]).exp().tril()  # (B, nh, T, T)
+    dS = s * P * (G @ v.mT - (G * out).sum(-1, keepdim=True))  # (B, nh, T, T)
+    return (dS @ k).to(dtype), (dS.mT @ q).to(dtype), (P.mT @ G).to(dtype)
+
+
+def fused_forward(q, k, v):
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)
+    if q.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[:2]
+    return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[:2]
+
+
+def fused_backward(G, q, k, v, out, lse):
+    aten, T = torch.ops.aten, q.size(2)
+    if q.device.type == "cpu":
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(G, q, k, v, out, lse, 0.0, True)
+    seed = torch.empty(0, dtype=torch.int64, device=q.device)  # asked for, but only dropout uses it
+    if q.dtype == torch.float32:
+        backward, wanted = aten._scaled_dot_product_efficient_attention_backward, [True] * 3
+        return backward(G, q, k, v, None, out, lse, seed, seed, 0.0, [*wanted, False], True)[:3]
+    backward = aten._scaled_dot_product_flash_attention_backward
+    return backward(G, q, k, v, out, lse, None, None, T, T, 0.0, True, seed, seed)
+
+
+def kernels(fused):
+    """The pair (forward, backward)."""
+    return (fused_forward, fused_backward) if fused else (plain_forward, plain_backward)
+
+
+def split_heads(x, n_head, parts=3):
+    """(B, T, parts * C) -> q, k, v, each (B, nh, T, hs): views, nothing is copied."""
+    return x.unflatten(-1, (parts, n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(*heads):
+    """n tensors (B, nh, T, hs) -> (B, T, nC), the inverse of split_heads; of one tensor, a view."""
+    merged = [t.transpose(1, 2).flatten(2) for t in heads]  # n times (B, T, C)
+    return merged[0] if len(merged) == 1 else torch.cat(merged, dim=-1)
+
+
+# ------------------------ the myopic backward
+def near_gradients(G, q, k, v, out, lse, horizon, first=0):
+    """What the near readers want: dk_j, dv_j as above, but over first <= i - j <= horizon alone.
+
+    One shifted diagonal per lag i - j, of P_ij = exp(s q_i.k_j - lse_i), and no (T, T) matrix:
+    horizon 0 is a few sweeps over q. Shapes as above -> dk, dv (B, nh, T, hs)."""
+    T, s = q.size(2), 1 / math.sqrt(q.size(-1))
+    G_dot_out = rowdot(G, out)  # (B, nh, T)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for lag in range(first, min(horizon, T - 1) + 1):
+        q_i, G_i = q[:, :, lag:], G[:, :, lag:]  # (B, nh, T - lag, hs)
+        k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
+        P = (s * rowdot(q_i, k_j) - lse[:, :, lag:T]).exp()  # (B, nh, T - lag)
+        dS = P * (rowdot(G_i, v_j) - G_dot_out[:, :, lag:])  # (B, nh, T - lag)
+        dk[:, :, : T - lag] += (s * dS).to(q.dtype)[..., None] * q_i
+        dv[:, :, : T - lag] += P.to(q.dtype)[..., None] * G_i
+    return dk, dv
 
 
 def rowdot(a, b):
@@ -126,86 +204,53 @@ def rowdot(a, b):
     return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(-1)
 
 
-def split_heads(qkv, n_head):
-    """(B, T, 3C) -> q, k, v, each (B, nh, T, hs): views, nothing is copied."""
-    return qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def merge_heads(*heads):
-    """n tensors (B, nh, T, hs) -> (B, T, nC): the inverse of split_heads."""
-    return torch.cat([t.transpose(1, 2).flatten(2) for t in heads], dim=-1)
-
-
-# ------------------------ the myopic backward
-def write_heard(dk, dv, G, q, k, v, out, lse, horizon):
-    """Overwrite dk, dv with what x_j hears: the sums over readers i with 0 <= i - j <= horizon.
-
-        P_ij = exp(s q_i.k_j - lse_i)         dS_ij = P_ij (G_i.v_j - G_i.out_i)
-        dk^h_j = s sum_i dS_ij q_i            dv^h_j = sum_i P_ij G_i
-
-    One shifted diagonal per lag i - j and no (T, T) matrix: horizon 0 is a few sweeps over q.
-    All (B, nh, T, hs), G the gradient of out, but lse (B, nh, T or more: one kernel pads it)."""
-    T, s = q.size(2), 1 / math.sqrt(q.size(-1))
-    G_dot_out = rowdot(G, out)                                                  # (B, nh, T)
-    dk.zero_(), dv.zero_()
-    for lag in range(min(horizon, T - 1) + 1):
-        i, j = slice(lag, T), slice(0, T - lag)             # readers; writers, lag before them
-        q_i, G_i, k_j, v_j = q[:, :, i], G[:, :, i], k[:, :, j], v[:, :, j]
-        P = (s * rowdot(q_i, k_j) - lse[:, :, i]).exp()                         # (B, nh, T - lag)
-        dS = P * (rowdot(G_i, v_j) - G_dot_out[:, :, i])                        # (B, nh, T - lag)
-        dk[:, :, j].addcmul_((s * dS).to(q.dtype)[..., None], q_i)
-        dv[:, :, j].addcmul_(P.to(q.dtype)[..., None], G_i)
-
-
 class MyopicAttention(torch.autograd.Function):
-    """Causal self-attention whose past cannot hear the future; the backward pass is by hand."""
+    """Causal self-attention in whose backward pass no loss reaches an earlier position's state."""
 
     @staticmethod
     def forward(ctx, x, w, b, n_head, horizon, cut, fused):
-        qkv = F.linear(x, w, b)                                                 # (B, T, 3C)
-        q, k, v = split_heads(qkv, n_head)                                      # (B, nh, T, hs)
-        out, lse = (fused_forward if fused else plain_forward)(q, k, v)
+        kernel_forward, _ = kernels(fused)
+        qkv = F.linear(x, w, b)  # (B, T, 3C)
+        q, k, v = split_heads(qkv, n_head)  # (B, nh, T, hs)
+        out, lse = kernel_forward(q, k, v)
         ctx.save_for_backward(x, w, qkv, out, lse)
         ctx.n_head, ctx.horizon, ctx.cut, ctx.fused = n_head, horizon, cut, fused
-        return merge_heads(out)                                                 # (B, T, C)
+        return merge_heads(out)  # (B, T, C)
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():     # create_graph; once_differentiable is silent for y.sum()
+        if torch.is_grad_enabled():  # create_graph; once_differentiable is silent for y.sum()
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, qkv, out, lse = ctx.saved_tensors
-        q, k, v = split_heads(qkv, ctx.n_head)                                  # (B, nh, T, hs)
-        G = dy.unflatten(-1, (ctx.n_head, -1)).transpose(1, 2)                  # (B, nh, T, hs)
+        _, kernel_backward = kernels(ctx.fused)
+        q, k, v = split_heads(qkv, ctx.n_head)  # (B, nh, T, hs)
+        (G,) = split_heads(dy, ctx.n_head, parts=1)  # (B, nh, T, hs)
 
-        # q_j hears its own position; k_j and v_j hear every reader of j
-        dqkv = merge_heads(*(fused_backward if ctx.fused else plain_backward)(
-            G, q, k, v, out, lse))                                              # (B, T, 3C)
+        dq, dk, dv = kernel_backward(G, q, k, v, out, lse)  # what every reader wants
+        d_all = d_near = merge_heads(dq, dk, dv)  # (B, T, 3C)
+        if ctx.horizon is not None:  # the stop-gradient: what the near readers want
+            d_near = merge_heads(dq, *near_gradients(G, q, k, v, out, lse, ctx.horizon))
+        d_weights = d_all if ctx.cut == "hidden" else d_near
 
-        def learn():                    # the gradient of the weights from dqkv as it stands
-            db = dqkv.sum((0, 1)) if ctx.needs_input_grad[2] else None          # (3C,)
-            return dqkv.flatten(0, 1).T @ x.flatten(0, 1), db                   # (3C, C)
-        if ctx.cut == "hidden":         # W_K and W_V are the reader's: they learn from everyone
-            dw, db = learn()
-        if ctx.horizon is not None:     # the stop-gradient: dk, dv of the near readers alone
-            _, dk, dv = split_heads(dqkv, ctx.n_head)       # views: dqkv itself is overwritten
-            write_heard(dk, dv, G, q, k, v, out, lse, ctx.horizon)
-        if ctx.cut == "kv":             # W_K and W_V are the writer's: they learn what x_j hears
-            dw, db = learn()
-        return dqkv @ w, dw, db, None, None, None, None
+        dx = d_near @ w  # (B, T, C)
+        dw = d_weights.flatten(0, 1).T @ x.flatten(0, 1)  # (3C, C)
+        db = d_weights.sum((0, 1)) if ctx.needs_input_grad[2] else None  # (3C,)
+        return dx, dw, db, None, None, None, None
 
 
 def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     """Causal multi-head self-attention, up to its out-projection, with a myopic backward pass.
 
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
-    horizon, cut: see ARMS, GPTConfig. Obeys autocast. Raises Refusal for a bad value,
+    horizon, cut: see ARMS, GPTConfig. Obeys autocast. Raises UsageError for a bad value,
     RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3."""
-    GPTConfig(n_head=n_head, n_embd=x.size(-1), horizon=horizon, cut=cut)       # refuses bad values
+    T, C = x.shape[1:]
+    GPTConfig(T, 1, 1, n_head, C, horizon=horizon, cut=cut)  # refuses a bad value
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         x, w_qkv, b_qkv = (None if t is None else t.to(low) for t in (x, w_qkv, b_qkv))
-    fused = fused_serves(kind, x.dtype, x.size(-1) // n_head)
+    fused = torch.compiler.is_compiling() or try_fused(kind, x.dtype, C // n_head)
     return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut, fused)
 
 
@@ -219,74 +264,70 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, teacher_x=None):
-        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C), if frozen: the teacher's ln_1 output, from
-        which this model's own W_K and W_V make the past."""
+        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C), if frozen: the teacher's ln_1 output."""
         c, w, b = self.config, self.c_attn.weight, self.c_attn.bias
-        if c.past == "own":     # vanilla, too, goes through the backward pass by hand
-            y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)           # (B, T, C)
+        if c.past == "own":  # vanilla, too, goes through the backward pass by hand
+            y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)  # (B, T, C)
         else:
-            q, k, v = split_heads(F.linear(x, w, b), c.n_head)                  # (B, nh, T, hs)
-            past = 2 * [torch.zeros_like(k)]
-            if c.past == "frozen":
-                _, *past = split_heads(F.linear(teacher_x, w, b), c.n_head)
-            y = merge_heads(two_stream_attention(q, k, v, *past))               # (B, T, C)
+            y = two_stream_attention(x, teacher_x, w, b, c.n_head)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        C, bias = config.n_embd, config.bias
+        self.ln_1 = nn.LayerNorm(C, bias=bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = nn.Sequential(collections.OrderedDict(
-            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias),
-            act=nn.GELU(),
-            c_proj=nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias),
-            dropout=nn.Dropout(config.dropout)))
+        self.ln_2 = nn.LayerNorm(C, bias=bias)
+        self.mlp = nn.Sequential()  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        self.mlp.c_fc = nn.Linear(C, 4 * C, bias=bias)
+        self.mlp.act = nn.GELU()
+        self.mlp.c_proj = nn.Linear(4 * C, C, bias=bias)
+        self.mlp.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, teacher_x=None):
         x = x + self.attn(self.ln_1(x), teacher_x)
-        return x + self.mlp(self.ln_2(x))                                       # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class GPT(nn.Module):
-    """GPT-2 with nanoGPT's parameter names and shapes. past='frozen' needs teach() before use."""
+    """GPT-2 with nanoGPT's parameter names and shapes.
 
-    def __init__(self, config):
+    teacher: a trained GPT of the same shape, for past="frozen"; it is not trained here."""
+
+    def __init__(self, config, teacher=None):
         super().__init__()
+        agree = (teacher is not None) == (config.past == "frozen")
+        require(agree, f"past is {config.past!r}: 'frozen' takes a teacher, the others take none")
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
+        self.transformer = t = nn.ModuleDict()
+        t.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        t.wpe = nn.Embedding(config.block_size, config.n_embd)
+        t.drop = nn.Dropout(config.dropout)
+        t.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        t.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
-        for name, p in self.named_parameters():     # as GPT-2: residual writers start smaller
+        t.wte.weight = self.lm_head.weight
+        for name, p in self.named_parameters():  # as GPT-2: residual writers start smaller
             if p.dim() == 2:
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / shrink)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-
-    def teach(self, teacher):
-        """Attend to this trained model's past; it is neither trained nor saved with the pupil."""
-        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))   # no submodule
+        self.teacher = None if teacher is None else teacher.requires_grad_(False)
 
     def hidden_states(self, idx):
         """idx (B, T) -> n_layer + 1 tensors (B, T, C): 0 the embedding, l that after block l."""
-        t, c, T = self.transformer, self.config, idx.size(1)
-        if T > c.block_size:
-            raise Refusal(f"{T} positions do not fit block_size {c.block_size}: raise it or cut")
-        teacher_xs = [None] * c.n_layer
-        if c.past == "frozen":
-            teacher_xs = [block.ln_1(x) for block, x in zip(self.teacher.transformer.h,
-                                                            self.teacher.hidden_states(idx))]
-        states = [t.drop(t.wte(idx) + t.wpe.weight[:T])]                        # (B, T, C)
+        t, T = self.transformer, idx.size(1)
+        require(self.config.block_size >= T, f"{T} positions are more than block_size allows")
+        teacher_xs = [None] * len(t.h)
+        if self.teacher is not None:
+            states = self.teacher.eval().hidden_states(idx)
+            teacher_xs = [b.ln_1(x) for b, x in zip(self.teacher.transformer.h, states)]
+        states = [t.drop(t.wte(idx) + t.wpe.weight[:T])]  # (B, T, C)
         for block, teacher_x in zip(t.h, teacher_xs):
-            states.append(block(states[-1], teacher_x))                         # (B, T, C)
+            states.append(block(states[-1], teacher_x))  # (B, T, C)
         return states
 
     def forward(self, idx, targets=None):
@@ -296,704 +337,658 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas=(0.9, 0.95),
-                             device_type="cpu"):
-        """AdamW; matrices and embeddings decay, biases and norms do not."""
-        groups = [dict(params=[p for p in self.parameters() if (p.dim() > 1) == decays],
-                       weight_decay=weight_decay * decays) for decays in (True, False)]
-        return torch.optim.AdamW(groups, learning_rate, betas, fused=device_type in ("cpu", "cuda"))
+    def configure_optimizers(self, run):
+        """Muon for the matrices of the blocks with run.muon in their name, AdamW for the rest, as
+        one. Matrices and embeddings decay, biases and norms do not."""
+        muon, decaying, others = [], [], []
+        for name, p in self.named_parameters():
+            if p.requires_grad and p.dim() < 2:
+                others.append(p)
+            elif p.requires_grad:  # and not the teacher's
+                (muon if ".h." in name and run.muon in name else decaying).append(p)
+        groups = [dict(params=others, weight_decay=0.0), dict(params=decaying)]
+        settings = dict(betas=(run.beta1, run.beta2), weight_decay=run.weight_decay, fused=True)
+        parts = [torch.optim.AdamW(groups, run.learning_rate, **settings)]
+        if muon:
+            settings = dict(weight_decay=run.muon_decay, adjust_lr_fn="match_rms_adamw")
+            parts.append(torch.optim.Muon(muon, run.muon_rate, **settings))
+        return Optimizers(parts)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx (B, T) -> (B, T + max_new_tokens), sampled; the model sees the last block_size."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1] / temperature     # (B, V)
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1] / temperature  # (B, V)
             if top_k is not None:
-                least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]             # (B, 1)
+                least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < least, -math.inf)
-            idx = torch.cat([idx, logits.softmax(-1).multinomial(1)], dim=1)            # (B, T + 1)
+            idx = torch.cat([idx, logits.softmax(-1).multinomial(1)], dim=1)  # (B, T + 1)
         return idx
 
 
-# ------------------------ attention, continued: two streams, and the fused primitives
-def two_stream_attention(q, k, v, k_past, v_past):
-    """Attention that sees its own key and value at itself, and another stream's in the past.
-
-        A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
-        Y = A v_past + diag(A) (v - v_past)                 all (B, nh, T, hs)"""
-    S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)            # (B, nh, T, T)
-    future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)                 # (T, T)
-    A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)  # (B, nh, T, T)
-    return A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past)         # (B, nh, T, hs)
-
-
-def fused_forward(q, k, v):
-    """plain_forward through torch's fused kernels: CPU, CUDA in half precision, CUDA in float32."""
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-    if q.dtype in (torch.bfloat16, torch.float16):
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
-    return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[:2]
-
-
-def fused_backward(dout, q, k, v, out, lse):
-    """plain_backward through the same kernels. Their random state is only asked for: no dropout."""
-    aten, T, none = torch.ops.aten, q.size(2), torch.empty(0, dtype=torch.int64, device=q.device)
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, True)
-    if q.dtype in (torch.bfloat16, torch.float16):
-        return aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, T, T, 0.0, True, none, none)
-    return aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, lse, none, none, 0.0, [True, True, True, False], True)[:3]
-
-
+# ------------------------ attention, continued: are the fused kernels right, and two streams
 @functools.cache
-def try_fused(device_type, dtype, head_size):
-    """Do the fused kernels run here and agree with the plain ones? Tried once, on a small case."""
+def try_fused(device, dtype, head_size):
+    """Do the fused kernels run here and agree with the plain ones? On views, as in training."""
+    wave = torch.arange(2 * 33 * 8 * head_size, device=device).mul(0.7).sin().to(dtype)
+    q, k, v, G = split_heads(wave.view(2, 33, -1), 2, parts=4)  # (2, 2, 33, hs)
+    results = []
     try:
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            wave = torch.arange(4 * 8 * head_size, device=device_type).mul(0.7).sin().to(dtype)
-            q, k, v, dout = wave.view(4, 1, 1, 8, head_size)                    # (1, 1, 8, hs) each
-            (out, lse), (out_f, lse_f) = plain_forward(q, k, v), fused_forward(q, k, v)
-            plain = out, lse, *plain_backward(dout, q, k, v, out, lse)
-            fused = out_f, lse_f[..., :8], *fused_backward(dout, q, k, v, out_f, lse_f)
-        torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.05, check_dtype=False)
-        return True
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        print(f"attention: plain matrix products serve for {dtype}, heads of size {head_size}, on "
-              f"{device_type} (fused kernels: {str(error).strip().splitlines()[0]})")
+        for forward, backward in (kernels(fused=True), kernels(fused=False)):
+            out, lse = forward(q, k, v)
+            near = near_gradients(G, q, k, v, out, lse, 0)  # lse must serve them, too
+            tensors = out, *backward(G, q, k, v, out, lse), *near
+            results.append(torch.stack([t.float().flatten() for t in tensors]))
+        errors = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
+        if not errors.max() <= (1e-4 if dtype in (torch.float32, torch.float64) else 2e-2):
+            raise RuntimeError(f"relative errors {errors.tolist()}")
+    except (RuntimeError, AttributeError, TypeError) as error:
+        print(f"attention: plain products serve for {dtype} on {device}: {error!s:.100}")
         return False
+    return True
 
 
-# what try_fused found; apart from it, since torch.compile would trace through its cache
-fused_serves = torch.compiler.assume_constant_result(lambda *case: try_fused(*case))
+def two_stream_attention(x, past_x, w, b, n_head):
+    """Attention to oneself as usual, and to a past that another stream of states has made.
+
+    A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
+    Y = A v_past + diag(A) (v - v_past)
+    x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C)."""
+    q, k, v = split_heads(F.linear(x, w, b), n_head)  # (B, nh, T, hs)
+    k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
+    if past_x is not None:
+        _, k_past, v_past = split_heads(F.linear(past_x, w, b), n_head)
+    S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)  # (B, nh, T, T)
+    future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)  # (T, T)
+    A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)  # (B, nh, T, T)
+    return merge_heads(A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past))
 
 
 # ------------------------ text
-def split_tokens(text, kind):
-    """str -> its tokens: UTF-8 bytes, each as the character of that number, or words and marks."""
-    return text.encode().decode("latin-1") if kind == "byte" else re.findall(r"\w+|[^\w\s]", text)
-
-
-def encode(text, kind, words):
-    """str -> ids (1-d, uint16), places in the vocabulary `words`; 0, <unk>, if not in it."""
-    ids = {word: n for n, word in enumerate(words)}
-    return np.array([ids.get(token, 0) for token in split_tokens(text, kind)], dtype=np.uint16)
-
-
-def spell(ids, kind, words):
-    """ids -> one string per token, to be read by people."""
-    return [words[n] if kind == "byte" else f"{words[n] if words else n} " for n in ids]
-
-
 def python_documents():
     """The English that ships with Python: the library's docstrings and pydoc's help topics."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
+    from pydoc_data.topics import topics
+
     library, documents = Path(ast.__file__).parent, []
     left_out = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "site-packages"}
     for path in sorted(library.rglob("*.py")):
         if left_out.isdisjoint(path.relative_to(library).parts):
-            documents += [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_bytes()))
-                          if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-    if not (documents and topics):
-        raise Refusal("this Python lacks its sources or help topics: name a text with --data")
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    documents.append(ast.get_docstring(node) or "")
     documents += [topics[name] for name in sorted(topics)]
-    return [d for d in documents if "\n" in d]                                  # no one-liners
+    return [d for d in dict.fromkeys(documents) if "\n" in d]  # no doubles, no one-liners
 
 
-def load_text(paths=None, kind="byte", vocab_size=None, words=None):
-    """Read, split by document (every tenth validates; fewer than ten are cut at 90%), encode.
+def load_text(files, kind, vocab_size):
+    """-> ids to train on, ids held out (1-d, int32), vocabulary: bytes, or training's top words.
 
-    paths: None for Python's own English; text files and folders, each file a document; or nanoGPT's
-    train.bin and val.bin, memory-mapped. words: a vocabulary, if not the training split's own.
-    -> train, val (1-d, uint16), kind ("byte", "word", "bin"), words or None, vocab_size, sha256."""
-    name, data = " ".join(map(str, paths or ["python"])), [] if paths else python_documents()
-    files = [f for p in paths or [] for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-    bins = [f for f in files if f.suffix == ".bin"]
+    Held out is the last tenth; without files, every tenth document of Python's own English."""
     try:
-        for file in [bins[0].with_name(f) for f in ("train.bin", "val.bin")] if bins else files:
-            if not file.is_dir():
-                data.append(np.memmap(file, np.uint16, "r") if bins else file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--data {file}: {error}; name UTF-8 files or folders, or train.bin, val.bin")
-    if bins:
-        (train, val), kind, words, vocab_size = data, "bin", None, vocab_size or 50304
-        if (top := max(int(train.max()), int(val.max()))) >= vocab_size:
-            raise Refusal(f"--data {name} holds token {top}: give --vocab_size {top + 1} or more")
-    else:
-        documents = [d for d in dict.fromkeys(data) if d.strip()]               # no doubles
-        if not documents:
-            raise Refusal(f"--data {name} holds no text: name a file or folder that does")
-        train = "\n\n".join(d for n, d in enumerate(documents) if n % 10)
-        val = "\n\n".join(documents[::10])
-        if len(documents) < 10:
-            whole = "\n\n".join(documents)
-            train, val = whole[:len(whole) * 9 // 10], whole[len(whole) * 9 // 10:]
-        if kind == "word" and words is None:
-            seen = collections.Counter(split_tokens(train, kind))
-            words = ["<unk>"] + [w for w, _ in seen.most_common(min(vocab_size or 8192, 2**16) - 1)]
-        words = words or [chr(n) for n in range(256)]
-        train, val, vocab_size = *(encode(t, kind, words) for t in (train, val)), len(words)
-    sha256 = hashlib.sha256(train)
-    sha256.update(val)
-    print(f"text: {name}, {len(train):,} {kind} tokens to train and {len(val):,} to validate on, "
-          f"python {platform.python_version()}, sha256 {sha256.hexdigest()}")
-    return argparse.Namespace(train=train, val=val, kind=kind, words=words,
-                              vocab_size=vocab_size, sha256=sha256.hexdigest())
-
-
-def windows(tokens, starts, T):
-    """tokens (1-d array or tensor), starts (B,) -> x, y (B, T) int64; y is x one token later."""
-    at = starts[:, None] + torch.arange(T + 1)                                  # (B, T + 1)
-    rows = tokens[at.to(tokens.device)] if isinstance(tokens, torch.Tensor) else tokens[at.numpy()]
-    rows = torch.as_tensor(rows).long()
-    return rows[:, :-1], rows[:, 1:]
+        whole = "\n\n".join(Path(name).read_text("utf-8") for name in files)
+        train, held_out = whole[: len(whole) * 9 // 10], whole[len(whole) * 9 // 10 :]
+        if not files:
+            documents = python_documents()
+            train = "\n\n".join(d for n, d in enumerate(documents) if n % 10)
+            held_out = "\n\n".join(documents[::10])
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--data {' '.join(files)}: {error}; name UTF-8 files") from error
+    if kind == "byte":
+        ids = [np.array(list(part.encode()), dtype=np.int32) for part in (train, held_out)]
+        return *ids, [chr(n) for n in range(256)]
+    words = [re.findall(r"\w+|[^\w\s]", part) for part in (train, held_out)]
+    frequent = collections.Counter(words[0]).most_common(vocab_size - 1)
+    vocabulary = ["<unk>"] + [word for word, _ in frequent]
+    place = {word: n for n, word in enumerate(vocabulary)}
+    ids = [np.array([place.get(word, 0) for word in part], dtype=np.int32) for part in words]
+    return *ids, vocabulary
 
 
 @torch.no_grad()
-def token_losses(model, tokens, count, T):
-    """Cross-entropy in nats on `count` even windows, dropout off -> losses, y: (N, T) each."""
-    count = max(1, min(count, (len(tokens) - 1) // T))
-    starts = torch.linspace(0, len(tokens) - T - 1, count, dtype=torch.double).long()
-    x, y = windows(tokens, starts, T)
-    was_training, device = model.training, next(model.parameters()).device
+def token_losses(model, ids, run):
+    """Cross-entropy in nats on run.eval_windows even windows, no dropout -> losses, y: (N, T)."""
+    rows = ids.unfold(0, run.block_size + 1, 1)  # (len(ids) - T, T + 1): every window
+    rows = rows[torch.linspace(0, len(rows) - 1, run.eval_windows).long()].long()  # (N, T + 1)
+    x, y = rows[:, :-1], rows[:, 1:]
     model.eval()
-    losses = [F.cross_entropy(model(a.to(device))[0].float().transpose(1, 2), b.to(device),
-                              reduction="none").cpu() for a, b in zip(x.split(64), y.split(64))]
-    model.train(was_training)
-    return torch.cat(losses), y
+    logits = torch.cat([model(part)[0].float() for part in x.split(64)])  # (N, T, V)
+    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu(), y.cpu()
 
 
-# ------------------------ training and checkpoints
-def train(model, optimizer, next_batch, *, steps, learning_rate, floor=0.0, first=0, grad_accum=1,
-          grad_clip=1.0, dtype="float32", title="", after_step=lambda done: None):
-    """Train the model in place, from step `first` to `steps`; a title is shown with the progress.
-    next_batch(step) -> (x, y) on the model's device; model(x, y) -> (_, loss). The learning rate
-    warms up for 5% of the steps, then falls along half a cosine to floor * learning_rate. Raises
-    Refusal if loss or gradient are not finite, naming the step and the last good one."""
-    device, warmup = next(model.parameters()).device.type, steps // 20
-    look_every, good = 1 if device == "cpu" else 50, "none"     # to read a loss stalls a GPU
-    model.train()
-    with tqdm(total=steps, initial=first, desc=title, leave=False, disable=not title) as bar:
-        for step in range(first, steps):
-            done = (step - warmup) / max(1, steps - warmup)     # below 0, then from 0 to 1
-            cosine = floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * ((step + 1) / warmup if step < warmup else cosine)
-            for _ in range(grad_accum):
-                with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                    loss = model(*next_batch(step))[1]
-                (loss / grad_accum).backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-            if step % look_every == 0 or step == steps - 1:
-                if not math.isfinite(loss.item() + norm.item()):
-                    raise Refusal(f"the loss is {loss.item()} at step {step} (last good: {good}): "
-                                  f"lower --learning_rate, it is {learning_rate:g}")
-                good = step
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            after_step(step + 1)
+# ------------------------ training
+class Optimizers:
+    """Several optimizers as one, for train()."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+
+def train(model, optimizer, next_batch, run, tell, after_step=lambda done: None):
+    """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
+
+    tell((steps, loss)) hears of every ten steps, after_step(steps done) of each. Raises UsageError
+    if the loss is not finite."""
+    device = next(model.parameters()).device.type
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    rise, fall = run.warmup * run.max_iters, (1 - run.decay_from) * run.max_iters
+    for step in range(run.max_iters):
+        scale = min(1, (step + 1) / max(1, rise), (run.max_iters - step) / max(1, fall))
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * scale
+        x, y = next_batch(step)
+        model.train()  # after_step may have left it evaluating
+        with torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16"):
+            _, loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
+        optimizer.step()
+        model.zero_grad()
+        done = step + 1
+        if done % 10 == 0 or done == run.max_iters:  # to read a loss stalls a GPU
+            where = f"the loss is {loss.item()} at step {done} of {run.arm}, seed {run.seed}"
+            require(math.isfinite(loss.item()), f"{where}: lower --learning_rate")
+            tell((done % 10 or 10, loss.item()))
+        after_step(done)
+
+
+# ------------------------ runs: settings in, one record out
+def setting(default, help, least=0, most=sys.float_info.max, choices=None):
+    """A field of a Run that is also a flag: argparse takes type, help and choices from it."""
+    return field(default=default, metadata=dict(help=help, limits=(least, most), choices=choices))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every setting that a number depends on. Raises UsageError for a value out of its range."""
+
+    arm: str = "vanilla"
+    seed: int = 0
+    block_size: int = setting(64, "positions per sequence, T", 1)
+    n_layer: int = setting(3, "blocks", 1)
+    n_head: int = setting(3, "heads", 1)
+    n_embd: int = setting(96, "channels, C", 1)
+    batch_size: int = setting(16, "sequences per step", 1)
+    max_iters: int = setting(700, "steps", 1)
+    learning_rate: float = setting(6e-3, "AdamW's peak")
+    beta1: float = setting(0.9, "AdamW's", most=0.9999)
+    beta2: float = setting(0.95, "AdamW's", most=0.9999)
+    weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
+    muon: str = setting(".h.", "Muon trains the blocks' matrices with this in their name")
+    muon_rate: float = setting(6e-3, "Muon's peak")
+    muon_decay: float = setting(0.1, "Muon's weight decay")
+    warmup: float = setting(0.05, "share of the steps in which the rates rise", most=0.99)
+    decay_from: float = setting(0.5, "share of the steps after which they fall", most=0.99)
+    grad_clip: float = setting(1.0, "largest norm of a gradient", 1e-6)
+    dtype: str = setting("float32", "of matrix products", choices=["float32", "bfloat16"])
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, (least, most) = getattr(self, f.name), f.metadata.get("limits", (0, sys.maxsize))
+            in_range = f.type is str or least <= value <= most  # nan is not
+            require(in_range, f"{f.name} is {value}: give a number from {least:g} to {most:g}")
+        self.config(1)  # refuses an unknown arm and a bad shape
+
+    def config(self, vocab_size, dropout=0.0):
+        """The GPTConfig of this run: an arm is three of its fields."""
+        shape = self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd
+        return GPTConfig(*shape, dropout=dropout, **arm_fields(self.arm))
+
+
+def read_records(path, kind):
+    """{run: record} of a results file, the last line of a run counts; kind: the class of run."""
+    records = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
+        try:
+            if line:
+                record = json.loads(line)
+                records[kind(**{f.name: record[f.name] for f in fields(kind)})] = record
+        except (ValueError, KeyError, TypeError) as error:  # perhaps its writer was killed
+            print(f"{path}, line {number} cannot be read and is skipped: {error!r:.60}")
+    return records
+
+
+def append_record(path, record):
+    """Add a line by a single write; if a killed process left half a line, begin a new one."""
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with path.open("a+b", buffering=0) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        file.write(line if file.read(1) in (b"\n", b"") else b"\n" + line)
 
 
 def write_whole(path, write):
-    """write(a temporary path), then rename: the file at `path` is whole at any time, old or new."""
-    part = path.with_name(f".part.{time.time_ns()}.{path.name}")    # no other process's
+    """write(a temporary path), then rename: the file at `path` is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part.{os.getpid()}.{path.name}")
     write(part)
     part.replace(path)
 
 
-def save_checkpoint(path, model, optimizer, step, more, **state):
-    """nanoGPT's format, which its own model class loads; what it does not know goes to `config`."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise Refusal(f"a weight is not finite at step {step}, {path} stays: lower --learning_rate")
-    fields = asdict(model.config)
-    arm = {k: fields.pop(k) for k in ARMS["vanilla"]}       # leaves nanoGPT's seven in fields
-    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=step,
-                 best_val_loss=math.inf, model_args=fields, config={**arm, **more}, **state)
-    write_whole(path, lambda part: torch.save(saved, part))
+def arrays_path(out_dir, run):
+    """Where a run's arrays lie: the name is a digest of its settings."""
+    settings = repr(list(asdict(run).values()))
+    return out_dir / "arrays" / f"{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint of nanoGPT's or ours -> (GPT, the whole dict); no code in it is ever run.
-    Raises Refusal if there is none, if it is damaged, holds pickled objects or does not fit."""
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        saved["config"] = saved.get("config", {})
-        fields = {**saved["config"], **saved["model_args"]}     # nanoGPT's config is a mixed bag
-        model = GPT(GPTConfig(**{k: v for k, v in fields.items()
-                                 if k in GPTConfig.__dataclass_fields__})).to(device)
-        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()
-                               if not k.endswith((".attn.bias", ".attn.masked_bias"))})   # buffers
-    except Exception as error:      # a file from anywhere can be wrong in any way
-        raise Refusal(f"checkpoint {path} cannot be used ({error!r:.200}): name one of nanoGPT's "
-                      "or ours; pickled objects in it are never run") from error
-    return model, saved
+def start_worker(queue):
+    """In a worker: Ctrl-C is the parent's, the worker ends with it, news go into the queue."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.current_process().tell = queue.put
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-# ------------------------ results: records, tables, figures
-def load_records(path):
-    """The records of a results file, [] if there is none. Raises Refusal if it is damaged."""
-    try:
-        records = json.loads(path.read_text("utf-8")) if path.exists() else []
-        [(r["task"], r["arm"], r["seed"], r["code"]) for r in records]      # or it is damaged
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise Refusal(f"results file {path} is damaged ({error}): move it or change --out_dir")
-    return records
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def save_records(path, records):
-    lines = ",\n".join(json.dumps(r, allow_nan=False) for r in records)
-    write_whole(path, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+def work(train_one, run, device, tell=None):
+    """One run, on one thread, to be the same on any number of cores -> numbers, arrays."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    elif device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    start, tell = time.time(), tell or multiprocessing.current_process().tell
+    model, numbers, arrays = train_one(run, device, tell)
+    weights = {f"weights.{n}": w.half().cpu().numpy() for n, w in model.state_dict().items()}
+    if sum(w.nbytes for w in weights.values()) < 2**20:  # larger ones are not kept
+        arrays |= weights
+    return numbers | dict(seconds=round(time.time() - start, 1)), arrays
 
 
-def run_experiments(path, wanted, vary, run, args):
-    """Make sure that the results file holds a record for every settings dict in `wanted`.
-    run(settings) -> dict of numbers, saved at once. What the file holds is not run again, unless
-    args.fresh. Returns the records that may share a figure: equal but for the keys in `vary`."""
-    def agrees(record, settings, but=()):
-        return all(k in but or (k in record and record[k] == v) for k, v in settings.items())
-    records = load_records(path)
-    if args.fresh and not args.plot_only:
-        records = [r for r in records if not any(agrees(r, s) for s in wanted)]
-        save_records(path, records)
-    done = [s for s in wanted if any(agrees(r, s) for r in records)]
-    todo = [] if args.plot_only else [s for s in wanted if s not in done]
-    if any(r["code"] != args.stamp["code"] for s in done for r in records if agrees(r, s)):
+def finished_runs(runs, train_one, args, show):
+    """Train args.jobs runs side by side; yield (run, (numbers, arrays)) as they finish."""
+    if args.jobs == 1:
+        for run in runs:
+            yield run, work(train_one, run, args.device, show)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    with ProcessPoolExecutor(args.jobs, context, start_worker, [queue]) as pool:
+        pending = {pool.submit(work, train_one, run, args.device): run for run in runs}
+        try:
+            while pending:
+                done, _ = wait(pending, timeout=0.2)
+                while not queue.empty():
+                    show(queue.get())
+                for future in done:
+                    yield pending.pop(future), future.result()
+        finally:  # after a failed run or Ctrl-C, too: nobody waits for the others
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+
+def train_missing(runs, train_one, headline, path, args):
+    """Train what the records at `path` lack -> {run: record} for all of `runs`.
+
+    train_one(run, device, tell) -> model, numbers, arrays; headline: the number shown at once."""
+    records = read_records(path, type(args.run))
+    todo = [run for run in runs if not args.plot_only and (args.fresh or run not in records)]
+    codes = {records[run]["code"] for run in runs if run in records and run not in todo}
+    if codes - {args.stamp["code"]}:
         print(f"{path}: runs of other code are used as they are; --fresh repeats them")
-    if todo:
-        print(f"{len(todo)} runs, about {len(todo) * args.minutes_per_run:.1f} minutes with the "
-              f"preset's settings on {args.minutes_on}; here: {args.stamp['device']}. -> {path}")
-    for settings in todo:
-        args.compile and torch.compiler.reset()     # or torch stops compiling after eight models
-        start, numbers = time.time(), run(settings)
-        records = [r for r in load_records(path) if not agrees(r, settings)] + [dict(
-            settings, steps=settings["max_iters"], **args.stamp, **numbers,
-            seconds=round(time.time() - start, 1))]
-        save_records(path, records)     # read anew: another process may have added to the file
-    shown = [r for r in records if any(agrees(r, s, vary) for s in wanted)]
-    if not shown:
-        raise Refusal(f"{path} has no results for these settings: run without --plot_only first")
-    return shown
+    minutes = args.seconds * len(todo) / args.jobs / 60  # on CPU cores, with the preset's settings
+    print(f"{path}: {len(todo)} runs to train, {args.jobs} at once, about {minutes:.1f} minutes")
+    steps = sum(run.max_iters * (1 + (run.config(1).past == "frozen")) for run in todo)
+    with tqdm(total=steps, leave=False, disable=not todo) as bar:
+
+        def show(news):
+            steps, loss = news
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update(steps)
+
+        for run, (numbers, arrays) in finished_runs(todo, train_one, args, show):
+            if run.seed == args.seed:
+                save = functools.partial(np.savez_compressed, **arrays)
+                write_whole(arrays_path(args.out_dir, run), save)
+            records[run] = asdict(run) | dict(steps=run.max_iters) | args.stamp | numbers
+            append_record(path, records[run])
+            bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
+    wanted = {run: records[run] for run in runs if run in records}
+    require(wanted, f"{path} has no results for these settings: leave out --plot_only")
+    return wanted
 
 
-def mean_sd(values, digits=2):
-    """'0.21 ± 0.02': mean and standard deviation over seeds; None is left out."""
-    values = [v for v in values if v is not None]
+# ------------------------ command line
+def parse_flags(script, doc, presets, argv, more=()):
+    """argv -> args, with args.run, and args.stamp for the records. more: flags of one script;
+    presets: {name: dict(run, arms, seeds, seconds of a run on one core, ...)}."""
+    parser = argparse.ArgumentParser(Path(script).name, description=doc.split("\n")[0])
+    add = parser.add_argument
+    devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    add("--preset", choices=presets, default="quick", help="seconds; a laptop; a GPU")
+    add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
+    add("--seeds", type=int, help="how many seeds")
+    add("--seed", type=int, default=0, help="the first seed")
+    add("--device", choices=["auto", *devices], default="auto", help="auto: CUDA or else the CPU")
+    add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
+    add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
+    add("--fresh", action="store_true", help="train recorded runs again")
+    add("--plot_only", action="store_true", help="train nothing, draw what is recorded")
+    settings = [f for f in fields(presets["quick"]["run"]) if f.metadata]
+    for f in settings:
+        add(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
+    for flag, how in more:
+        add(flag, **how)
+    name = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(out_dir=Path("out", name), **asdict(presets[name]["run"]) | presets[name])
+    args = parser.parse_args(argv)
+    args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
+    if args.device == "auto":
+        args.device = "cuda" if "cuda" in devices else "cpu"
+    if args.jobs is None:
+        args.jobs = os.cpu_count() if args.device == "cpu" else 1
+    require(args.jobs > 0, f"jobs is {args.jobs}: give 1 or more")
+    require(args.seeds > 0, f"seeds is {args.seeds}: give 1 or more")
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out_dir: {error}; name a folder that can be written") from error
+    machine = platform.machine()
+    if args.device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, TF32"
+    sources = b"".join(Path(source).read_bytes() for source in sorted({__file__, script}))
+    code = hashlib.sha256(sources).hexdigest()[:8]
+    args.stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
+    return args
+
+
+@contextlib.contextmanager
+def exit_status(script):
+    """Bad input: one line and status 2. Ctrl-C: 130. Anything else is a bug: its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that a console lacks must not end a run
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    except UsageError as error:
+        print(f"{Path(script).name}: error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are recorded, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------ tables and figures
+def mean_sd(values, digits=3):
+    """'0.210 ± 0.020': mean and standard deviation over seeds."""
     sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{sd}" if values else "-"
+    return f"{np.mean(values):.{digits}f}{sd}" if len(values) else "-"
 
 
 def print_table(title, header, rows, caption):
-    grid = table.Table(*header, title=title, caption=caption)
-    [grid.add_row(*row) for row in rows]
-    console.Console(width=None if sys.stdout.isatty() else 110).print(grid)
+    table = Table(*header, title=title, caption=caption)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
-LOOKS = {   # colour (safe for the colour-blind), line and marker (tell the arms apart in grey)
+# fmt: off
+LOOKS = collections.defaultdict(lambda: ("k", "-", "."), {  # colour, line and marker of an arm
     "vanilla": ("#0072B2", "-", "o"), "myopic": ("#D55E00", "--", "s"),
     "myopic_kv": ("#009E73", "-.", "^"), "local_myopic": ("#CC79A7", "-", "D"),
-    "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x"), "other": ("k", "-", ".")}
+    "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x"),
+})
+# fmt: on
 
 
 def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
     """A figure and its (rows, columns) array of axes; sizes in inches per panel."""
-    fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=130)
-    axes = fig.subplots(rows, columns, squeeze=False, **shared)
-    [ax.spines[["top", "right"]].set_visible(False) for ax in axes.flat]
-    return fig, axes
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
+    return fig, fig.subplots(rows, columns, squeeze=False, **shared)
 
 
-def draw_lines(ax, x, lines, label_at=-1, **labels):
-    """A line per arm, mean and standard deviation over seeds, named at the right at the height of
-    point label_at. lines: {arm: {seed: list of y}}, None for a gap; labels: for ax.set."""
-    ends, at = [], -math.inf
+def draw_lines(ax, x, lines, **labels):
+    """{arm: [y of each seed]} -> a line per arm, mean and standard deviation, named at its end."""
+    ends, height = [], -math.inf
     for arm, runs in lines.items():
-        colour, line, marker = LOOKS.get(arm, LOOKS["other"])
-        y = np.array(list(runs.values()), dtype=float)                          # (seeds, len(x))
-        mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)                         # sd of one seed: 0
-        ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, linewidth=1.6)
+        colour, line, marker = LOOKS[arm]
+        y = np.array(runs, dtype=float)  # (seeds, len(x))
+        mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)
+        ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5)
         ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-        ends.append((mean[label_at], arm.replace("_", " "), colour))
+        ends.append((mean[-1], arm, colour))
     ax.set(**labels)
-    for y, name, colour in sorted(ends):
-        at = max(at + 0.065, (ax.transData - ax.transAxes).transform((x[0], y))[1])
-        ax.annotate(name, (1.02, at), xycoords="axes fraction", color=colour, va="center")
+    for y, arm, colour in sorted(ends):
+        height = max(height + 0.07, (ax.transData - ax.transAxes).transform((x[0], y))[1])
+        ax.annotate(arm, (1.02, height), xycoords="axes fraction", color=colour, va="center")
 
 
 def save_figure(fig, path, caption):
+    for ax in fig.axes:
+        ax.spines[["top", "right"]].set_visible(False)
     fig.supxlabel(caption, fontsize=8, color="#444444")
-    write_whole(path, lambda part: fig.savefig(part, format="png"))
+    write_whole(path, fig.savefig)
     print(f"figure {path}")
 
 
-# ------------------------ command line
-def arm_fields(name):
-    """The three fields of an arm of ARMS or of 'horizon_<h>'. Raises Refusal for any other name."""
-    if name.startswith("horizon_") and name[8:].isdecimal():
-        return dict(horizon=int(name[8:]), cut="hidden", past="own")
-    if name not in ARMS:
-        raise Refusal(f"arm {name} is unknown: choose from {', '.join(ARMS)}, horizon_<h> (h >= 0)")
-    return ARMS[name]
+# ------------------------ the language model
+@dataclass(frozen=True)
+class TextRun(Run):
+    """A run on text; the digest says what the text was."""
+
+    tokens: str = setting("byte", "what a token is", choices=["byte", "word"])
+    vocab_size: int = setting(2048, "words in the vocabulary; bytes have 256", 2)
+    dropout: float = setting(0.0, "while training", most=0.99)
+    eval_windows: int = setting(256, "windows of held-out text that are evaluated", 1)
+    data_sha256: str = ""
 
 
-def run_command(doc, presets, flags, argv, body):
-    """Parse argv, fill in the preset, call body(args). Bad input: exit status 2 and one line.
-    flags: {flag: settings for argparse} of one script, beside those below, which both know."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    yes, add = dict(action="store_true", default=False), parser.add_argument
-    add("--preset", choices=presets, default="quick", help="seconds; a two-core laptop; one GPU")
-    add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--out_dir", type=Path, help="for results and figures (default out/<preset>)")
-    add("--fresh", **yes, help="repeat recorded runs (to go on after a break, leave it out)")
-    add("--plot_only", **yes, help="redraw figures and table from the records, train nothing")
-    add("--compile", **yes, help="torch.compile the model (CUDA only)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="batches per step")
-    for flag, kind, text in (
-            ("seeds", int, "how many seeds"), ("seed", int, "the first seed"),
-            ("block_size", int, "positions per sequence, T"), ("n_layer", int, "blocks"),
-            ("n_head", int, "heads"), ("n_embd", int, "channels, C"), ("max_iters", int, "steps"),
-            ("batch_size", int, "sequences per batch"), ("learning_rate", float, "AdamW's peak")):
-        add(f"--{flag}", type=kind, metavar="N", help=text)
-    for flag, settings in flags.items():
-        add(flag, **settings)
-    given = vars(parser.parse_args(argv))
-    args = argparse.Namespace(**{"out_dir": Path("out", given["preset"]),
-                                 **presets[given["preset"]], **given})
-    sources = (Path(__file__).with_name(name) for name in ("myopic_gpt.py", "synthetic.py"))
-    code = hashlib.sha256(b"".join(f.read_bytes() for f in sources if f.exists())).hexdigest()[:8]
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
-    try:
-        for name, value in given.items():
-            low = int(type(value) is int and name not in ("seed", "max_iters"))
-            if type(value) in (int, float) and not low <= value < math.inf:     # nan fails, too
-                raise Refusal(f"{name} is {value}: give a number, at least {low}")
-        args.arms = sorted(dict.fromkeys(args.arms),            # a teacher before its pupils
-                           key=lambda arm: arm_fields(arm)["past"] == "frozen")
-        if args.device not in ["auto", *here]:
-            raise Refusal(f"device {args.device} is not available here: use --device auto")
-        args.device = here[0] if args.device == "auto" else args.device
-        machine = torch.cuda.get_device_name() if args.device == "cuda" else (
-            f"{platform.machine()} {args.device}, {torch.get_num_threads()} threads")
-        args.stamp = dict(device=machine, torch=torch.__version__, code=code)   # of every record
-        if args.compile and args.device != "cuda":
-            raise Refusal(f"--compile is for CUDA and the device is {args.device}: leave it out")
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        body(args)
-    except torch.cuda.OutOfMemoryError:
-        parser.exit(2, f"{parser.prog}: error: CUDA is out of memory: lower --batch_size\n")
-    except (Refusal, OSError) as error:
-        mend = "; name an --out_dir that can be written" if isinstance(error, OSError) else ""
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}{mend}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ninterrupted: {args.out_dir} keeps what is done; run again to go on\n")
-
-
-# ------------------------ the language-model experiment, its figures and main
-# what --bench runs: n_layer, n_head, n_embd, tokens a batch, seconds a row, T of a step, other Ts
-BENCH = {**dict.fromkeys(("cpu", "mps"), (6, 6, 384, 4096, 12, 256, 64, 128, 256, 512, 1024, 2048)),
-         "cuda": (12, 12, 768, 16384, 10, 1024, 64, 128, 256, 512, 1024, 2048, 4096)}
-COMMON = dict(arms=list(ARMS), seed=0, block_size=64, tokens=["byte"], batch_size=16, shapes=[],
-              minutes_on="two CPU cores")
-PRESETS = {     # shapes: (n_layer, n_head, n_embd) of further models, for the gap against size
-    "smoke": dict(COMMON, seeds=1, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=8,
-                  shapes=[(1, 1, 8)], max_iters=10, learning_rate=2e-3, save_every=5,
-                  eval_windows=32, minutes_per_run=0.02),
-    "quick": dict(COMMON, seeds=2, n_layer=3, n_head=3, n_embd=96, max_iters=700,
-                  learning_rate=3e-3, save_every=350, eval_windows=256, minutes_per_run=0.6),
-    "full": dict(COMMON, seeds=3, n_layer=4, n_head=4, n_embd=128, tokens=["byte", "word"],
-                 shapes=[(1, 1, 16), (2, 2, 32), (3, 2, 64)], max_iters=1000, learning_rate=2e-3,
-                 save_every=500, eval_windows=512, minutes_per_run=0.3, minutes_on="a GPU (guess)"),
+CUTS = ["vanilla", "myopic", "myopic_kv", "bigram"]
+SMALL = TextRun(n_layer=2, n_head=2, n_embd=64, max_iters=120, eval_windows=64)
+LARGE = TextRun(n_layer=4, n_head=4, n_embd=128, batch_size=32, max_iters=3000)
+PRESETS = {
+    "demo": dict(run=SMALL, arms=CUTS, seeds=1, seconds=5),
+    "quick": dict(run=TextRun(), arms=CUTS, seeds=3, seconds=45),
+    "full": dict(run=LARGE, arms=list(ARMS), seeds=3, seconds=700),
 }
 
 
-def checkpoint_path(s, out_dir):
-    return out_dir / f"{s['arm']}_{s['tokens']}_{s['n_layer']}x{s['n_embd']}_seed{s['seed']}.pt"
+def train_text(text, run, device, tell):
+    """Train one model -> the model, the numbers of its record, arrays for pictures."""
+    teacher = None
+    if run.config(1).past == "frozen":  # this seed's vanilla model, bit for bit
+        teacher, _, _ = train_text(text, replace(run, arm="vanilla"), device, tell)
+    ids, held_out = (torch.tensor(part, device=device) for part in text[:2])
+    rows = ids.unfold(0, run.block_size + 1, 1)  # (len(ids) - T, T + 1): every window
+    torch.manual_seed(run.seed)  # the same weights in every arm
+    model = GPT(run.config(len(text[2]), run.dropout), teacher).to(device)
+    generator, curve = torch.Generator().manual_seed(run.seed), []  # and the same batches
 
-
-def run_text(s, text, args):
-    """Train in one arm, or go on where its checkpoint stopped; -> the numbers of its record."""
-    T, device, path = s["block_size"], args.device, checkpoint_path(s, args.out_dir)
-    if args.init_from and args.init_from.resolve() == path.resolve():
-        raise Refusal(f"--init_from {path} would be overwritten: name another --out_dir")
-    torch.manual_seed(s["seed"])                                # the same weights in every arm
-    start = load_checkpoint(args.init_from)[0] if args.init_from else GPT(GPTConfig(
-        T, text.vocab_size, s["n_layer"], s["n_head"], s["n_embd"]))
-    model = GPT(replace(start.config, dropout=s["dropout"], **arm_fields(s["arm"])))
-    model.load_state_dict(start.state_dict())
-    if model.config.past == "frozen":
-        vanilla = {**s, "arm": "vanilla"}
-        there = checkpoint_path(vanilla, args.out_dir)
-        teacher, saved = load_checkpoint(there, device) if there.exists() else (None, {})
-        if saved.get("iter_num") != s["max_iters"] or saved["config"].get("settings") != vanilla:
-            raise Refusal(f"arm {s['arm']} needs the trained {there}: add --arms vanilla --fresh")
-        model.teach(teacher)
-    model.to(device)
-    rng = torch if device == "cpu" else getattr(torch, device)  # of the dropout masks
-    saved = {} if args.fresh or not path.exists() else load_checkpoint(path, device)[1]
-    optimizer = model.configure_optimizers(0.1, s["learning_rate"], device_type=device)
-    generator, curve, first = torch.Generator().manual_seed(s["seed"]), [], 0
-    same = dict(settings=s, code=args.stamp["code"], device=device)
-    if saved and same.items() <= saved["config"].items():
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["batch_rng"].cpu())
-        rng.set_rng_state(saved["dropout_rng"].cpu())
-        curve, first = saved["config"]["curve"], saved["iter_num"]
-    # memory-mapped tokens stay on disk; others go to the device, where batches are then made
-    tokens = torch.tensor(text.train.astype("i4"), device=device) if text.words else text.train
-    loss_of = lambda split: token_losses(model, split, args.eval_windows, T)[0].mean().item()
     def next_batch(step):
-        starts = torch.randint(len(tokens) - T, (s["batch_size"],), generator=generator)
-        return [t.to(device) for t in windows(tokens, starts, T)]
+        starts = torch.randint(len(rows), (run.batch_size,), generator=generator)
+        chosen = rows[starts.to(device)].long()  # (B, T + 1)
+        return chosen[:, :-1], chosen[:, 1:]
 
-    def after_step(n):
-        if n % max(1, s["max_iters"] // 10) == 0:
-            curve.append([n, loss_of(text.train), loss_of(text.val)])
-        if n % args.save_every == 0 or n == s["max_iters"]:
-            save_checkpoint(path, model, optimizer, n, batch_rng=generator.get_state(),
-                            dropout_rng=rng.get_rng_state(),
-                            more=dict(same, curve=curve, tokens=text.kind, words=text.words))
+    def after_step(step):
+        if step % max(1, run.max_iters // 10) == 0 or step == run.max_iters:
+            losses = [token_losses(model, part, run)[0] for part in (ids, held_out)]
+            curve.append([step, *(part.mean().item() for part in losses)])
 
-    curve or after_step(0)
-    train(torch.compile(model) if s["compile"] else model, optimizer, next_batch, floor=0.1,
-          steps=s["max_iters"], learning_rate=s["learning_rate"], first=first, dtype=s["dtype"],
-          grad_accum=s["gradient_accumulation_steps"], after_step=after_step,
-          title=f"{s['arm']} {s['n_layer']}x{s['n_embd']} seed {s['seed']}")
-    losses, y = token_losses(model, text.val, args.eval_windows, T)             # (N, T) each
+    train(model, model.configure_optimizers(run), next_batch, run, tell, after_step)
+    losses, y = token_losses(model, held_out, run)  # (N, T) each
+    require(losses.isfinite().all(), f"{run.arm}: the loss ends as nan: lower --learning_rate")
+    words = np.array([word + " " * (run.tokens == "word") for word in text[2]])
+    torch.manual_seed(run.seed)
+    sample = model.generate(held_out[None, :10].long(), 40, top_k=50)[0].tolist()
     numbers = dict(
-        n_params=sum(p.numel() for p in model.parameters()), val_loss=losses.mean().item(),
-        train_loss=loss_of(text.train), curve=curve, loss_by_position=losses.mean(0).tolist(),
-        tokens_seen=T * s["max_iters"] * s["batch_size"] * s["gradient_accumulation_steps"])
-    if s["seed"] == args.seed and s["arm"] in ("vanilla", "myopic"):    # for the tinted figure
-        words = [spell(row, text.kind, text.words) for row in y[:64].tolist()]
-        numbers["passage"] = dict(loss=np.round(losses[:64].tolist(), 3).tolist(), text=words)
-    print(f"{s['arm']:>12}, {numbers['n_params']:,} parameters, seed {s['seed']}: validation loss "
-          f"{numbers['val_loss']:.3f} nats per token, training {numbers['train_loss']:.3f}")
-    return numbers
+        n_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        val_loss=losses.mean().item(),
+        train_loss=curve[-1][1],
+        curve=curve,
+        loss_by_position=losses.mean(0).tolist(),
+        tokens_seen=run.max_iters * run.batch_size * run.block_size,
+        sample="".join(words[sample]),
+    )
+    return model, numbers, dict(losses=losses[:64].numpy(), tokens=words[y[:64]])
 
 
-def gaps(arms, names, value):
-    """{name: {seed: value(record) minus that of vanilla with the same seed}}, where both are."""
-    base = arms.get("vanilla", {})
-    seeds = {name: sorted(arms[name].keys() & base) for name in names if name in arms}
-    return {name: {s: np.subtract(value(arms[name][s]), value(base[s])) for s in both}
-            for name, both in seeds.items() if both}
+def gaps(found, arm, key="val_loss"):
+    """{seed: record[key] of the arm - that of vanilla}, where both are recorded."""
+    own = {run.seed: record[key] for run, record in found.items() if run.arm == arm}
+    vanilla = {run.seed: record[key] for run, record in found.items() if run.arm == "vanilla"}
+    return {seed: np.subtract(own[seed], vanilla[seed]) for seed in own if seed in vanilla}
 
 
-def plot_passage(vanilla, myopic, path, caption):
-    """Held-out windows tinted by what the myopic model loses at each token, and its ten worst."""
-    gap, texts = np.subtract(myopic["loss"], vanilla["loss"]), vanilla["text"]          # (N, T)
-    fig, ((ax,),) = new_figure(width=10, height=5.5)
-    write = functools.partial(ax.text, family="monospace", size=9, parse_math=False)
-    tokens = [token for row in texts for token in [*row, "│"]]  # a bar after every window
-    tint = np.repeat(np.pad(gap, ((0, 0), (0, 1))).ravel(), [len(token) for token in tokens])
-    lines = min(10, len(tint) // 80)
-    ax.imshow(tint[:80 * lines].reshape(lines, 80), cmap="bwr", vmin=-4, vmax=4, aspect="auto",
-              extent=(0, 1, 1 - lines / 20, 1))
-    for n, letter in enumerate("".join(tokens)[:80 * lines]):
-        write(n % 80 / 80, 0.965 - n // 80 / 20, letter.replace("\n", "¶"))
-    write(0, 0.44, "Where it loses most, in nats; the token in [ ]:", weight="bold")
-    for n, worst in enumerate(np.argsort(-gap, axis=None)[:10]):
-        w, t = divmod(worst, gap.shape[1])
-        before = "".join(texts[w][:t])[-70:]
-        write(0, 0.39 - n / 23, f"{gap[w, t]:5.2f} {before:>70}[{texts[w][t]}]".replace("\n", "¶"))
-    ax.set(title="Held-out text. Red: myopic loses against vanilla; blue: it wins", ylim=(-0.02, 1))
-    ax.set_axis_off()
+def plot_gaps(found, path, caption):
+    """The gaps of both cuts while training and by position."""
+    run, record = next(iter(found.items()))
+    steps = [step for step, _, _ in record["curve"]]
+    starts = [0] + [2**n for n in range(20) if 2**n < run.block_size]  # bins that double
+    widths = np.diff([*starts, run.block_size])
+    training, position, ends = {}, {}, []
+    for arm in ("myopic", "myopic_kv"):
+        if gap := gaps(found, arm):
+            ends.append(f"{arm} {np.mean(list(gap.values())):.2f}")
+            training[arm] = [curve[:, 2] for curve in gaps(found, arm, "curve").values()]
+            by_position = list(gaps(found, arm, "loss_by_position").values())  # (seeds, T)
+            position[arm] = np.add.reduceat(by_position, starts, axis=1) / widths
+    fig, ((left, right),) = new_figure(2, width=5)
+    draw_lines(left, steps, training, xlabel="training steps", ylabel="loss − vanilla's (nats)")
+    draw_lines(right, starts, position, xlabel="position in the window", xscale="symlog")
+    left.set_title(f"The myopia gap: {', '.join(ends)}")
+    right.set_title("The same by position, in bins that double")
+    right.set_xticks(starts, starts)
     save_figure(fig, path, caption)
 
 
-def report(records, out_dir):
-    """Every figure and the table for the runs on one kind of tokens."""
-    sizes = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for r in records:
-        sizes[r["n_params"]][r["arm"]][r["seed"]] = r
-    n_params, arms = max(sizes.items(), key=lambda pair: (len(pair[1]), pair[0]))   # most arms
-    n = len({r["seed"] for r in records})
-    about = f"{r['data']}, {r['tokens']}s, {r['steps']} steps, {n} seeds{', preliminary' * (n < 3)}"
-    caption, file = f"{n_params:,} parameters; {about}", f"{{}}_{r['tokens']}.png".format
-    cuts, loss_gap = ("vanilla", "myopic", "myopic_kv"), "loss − vanilla's (nats)"
-    final, by_position = (lambda r: r["val_loss"]), (lambda r: r["loss_by_position"])
-    fig, ((ax,),) = new_figure(width=6.5, height=2.6)
-    for arm, runs in arms.items():
-        losses = [final(r) for r in runs.values()]
-        colour, _, marker = LOOKS.get(arm, LOOKS["other"])
-        ax.plot(losses, [f"{arm}  {mean_sd(losses, 3)}"] * len(losses), marker, color=colour)
-    ax.invert_yaxis()
-    ax.set(title="Final loss of every arm, a mark per seed", xlabel="loss (nats per token)")
-    save_figure(fig, out_dir / file("text_arms"), caption)
-    if "myopic" in gaps(arms, arms, final):
-        fig, ((top,), (low,)) = new_figure(rows=2, width=6, height=2.9, sharex=True)
-        draw_lines(top, range(r["block_size"]), {
-            arm: {seed: by_position(r) for seed, r in runs.items()} for arm, runs in arms.items()},
-            title="Loss at every position", ylabel="loss (nats per token)")
-        own = [arm for arm in arms if arm != "bigram"]
-        draw_lines(low, range(r["block_size"]), gaps(arms, own, by_position),
-                   xlabel="position in the window", ylabel=loss_gap)
-        save_figure(fig, out_dir / file("text_positions"), caption)
-        fig, ((ax,),) = new_figure(width=5.5)
-        draw_lines(ax, [n for n, _, _ in r["curve"]],
-                   gaps(arms, cuts, lambda r: [val for _, _, val in r["curve"]]),
-                   title="The myopia gap while training", xlabel="training steps", ylabel=loss_gap)
-        save_figure(fig, out_dir / file("text_steps"), caption)
-        both = [s for s in arms[cuts[0]] if all("passage" in arms[a].get(s, []) for a in cuts[:2])]
-        if both:
-            plot_passage(*(arms[a][both[0]]["passage"] for a in cuts[:2]),
-                         out_dir / file("text_passage"), caption)
-    at = {n: gaps(sizes[n], cuts, final) for n in sorted(sizes) if set(cuts) <= sizes[n].keys()}
-    all_seeds = [set(gap.get(arm, {})) for gap in at.values() for arm in cuts]
-    if len(at) > 1 and (shared := set.intersection(*all_seeds)):
-        fig, ((ax,),) = new_figure(width=5.5)
-        draw_lines(ax, [*at], {a: {s: [at[n][a][s] for n in at] for s in shared} for a in cuts},
-                   xscale="log", title="The gap and the model's size", xlabel="parameters",
-                   ylabel=loss_gap)
-        save_figure(fig, out_dir / file("text_sizes"), about)
-    rows = []
-    for n, arm, runs in ((n, arm, sizes[n][arm]) for n in sorted(sizes) for arm in sizes[n]):
-        value = lambda key: mean_sd([r[key] for r in runs.values()], 3)
-        gap, whole = (gaps(sizes[n], [a], final).get(a, {}) for a in (arm, "bigram"))
-        share = [100 * gap[seed] / whole[seed] for seed in gap if whole.get(seed, 0) > 0.1]  # nats
-        rows.append([f"{n:,}", arm, str(len(runs)), value("val_loss"), value("train_loss"),
-                     mean_sd(gap.values(), 3), mean_sd(share, 1)])
-    print_table(f"Language model, {about}", [
-        "parameters", "arm", "n", "val loss", "train loss", "− vanilla", "% of bigram's"], rows,
-        "nats per token, mean ± sd over n seeds\nthe paper, another task (GPT-2 124M, MS MARCO): "
-        "vanilla 3.28, myopic 3.40 (5.9%), local myopic 3.26, bigram 5.33")
+def plot_passage(found, args, caption):
+    """A held-out passage, every letter tinted by what the myopic model loses there."""
+    run = replace(next(iter(found)), seed=args.seed)
+    paths = [arrays_path(args.out_dir, replace(run, arm=arm)) for arm in ("vanilla", "myopic")]
+    if not all(path.exists() for path in paths):
+        return
+    vanilla, myopic = (np.load(path) for path in paths)
+    gap, tokens = myopic["losses"] - vanilla["losses"], vanilla["tokens"]
+    letters = "".join(tokens.flat).replace("\n", "¶")
+    tint = np.repeat(gap.ravel(), np.char.str_len(tokens).ravel())  # a token's letters are alike
+    rows, columns, start = 12, 80, letters.find(" ") + 1  # begin at a word
+    fig, ((ax,),) = new_figure(width=10, height=3.6)
+    grid = np.resize(tint[start:], (rows, columns))
+    ax.imshow(grid, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    style = dict(family="monospace", ha="center", va="center", parse_math=False)
+    for n, letter in enumerate(letters[start:][: rows * columns]):
+        ax.text(n % columns, n // columns, letter, **style)
+    fig.colorbar(ax.images[0], label="loss: myopic − vanilla (nats)")
+    ax.set(title="Held-out text: red where planning ahead helped", xticks=[], yticks=[])
+    save_figure(fig, args.out_dir / "text_passage.png", caption)
 
 
-def write_sample(args):
-    """Print what a checkpoint writes after args.sample."""
-    path = args.init_from or checkpoint_path(
-        {**vars(args), "arm": args.arms[0], "tokens": args.tokens[0]}, args.out_dir)
-    model, saved = load_checkpoint(path, args.device)
-    kind, words = saved["config"].get("tokens"), saved["config"].get("words")
-    if not words or model.config.past == "frozen":
-        raise Refusal(f"{path} does not name its tokens, or needs a teacher: name another one")
-    start = torch.tensor([encode(args.sample, kind, words).tolist()], device=args.device)
-    if not start.numel():
-        raise Refusal("--sample is empty: give the text to begin with")
-    torch.manual_seed(args.seed)
-    ids = model.eval().generate(start, 500, temperature=0.8, top_k=200)[0].tolist()
-    text = "".join(spell(ids, kind, words))
-    print(text if kind == "word" else text.encode("latin-1").decode(errors="replace"))
+def report(found, args):
+    """The table, and figures of the gaps and of a passage."""
+    run, record = next(iter(found.items()))
+    seeds = len({run.seed for run in found})
+    about = f"{record['n_params']:,} parameters, {run.max_iters} steps of {run.batch_size} × "
+    about += f"{run.block_size} {run.tokens}s, mean ± standard deviation of {seeds} seed(s)"
+    if gaps(found, "myopic"):
+        plot_gaps(found, args.out_dir / f"text_gaps_{run.tokens}.png", about)
+        plot_passage(found, args, about)
+    rows, whole = [], gaps(found, "bigram")
+    for arm in dict.fromkeys(run.arm for run in found):
+        records = [record for run, record in found.items() if run.arm == arm]
+        losses = [mean_sd([r[key] for r in records]) for key in ("val_loss", "train_loss")]
+        gap = gaps(found, arm)
+        share = [100 * gap[s] / whole[s] for s in gap if whole.get(s, 0) > 0.1]  # else noise
+        numbers = *losses, mean_sd(list(gap.values())), mean_sd(share, 1)
+        rows.append([arm, *numbers, records[0]["sample"].replace("\n", " ")])
+    header = ["arm", "val loss", "train loss", "gap", "% of bigram's gap", "writes"]
+    print_table(about, header, rows, "losses in nats per token; gap: loss − vanilla's")
+
+
+# ------------------------ what it costs
+def sublayer(x, w, b, n_head, dy, way):
+    """Attention forward and backward, as in an arm, in torch's own way or in two streams."""
+    if way == "two streams":  # the textbook way to the myopic gradient: a detached second stream
+        y = two_stream_attention(x, x.detach(), w, b, n_head)
+    elif way == "torch's own":
+        q, k, v = split_heads(F.linear(x, w, b), n_head)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):  # as ours
+            y = merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    else:
+        arm = arm_fields(way)
+        y = myopic_attention(x, w, b, n_head, arm["horizon"], arm["cut"])
+    torch.autograd.grad(y, (x, w, b), dy)
+
+
+def time_calls(call, ways, device, rounds=12):
+    """Time call(way), every way once a round in any order -> a cell of the table for each way: its
+    time over the first way's in the same round; nan where memory runs out."""
+    seconds = np.full((rounds, len(ways)), math.nan)
+    for in_round in seconds:
+        for n in np.random.permutation(len(ways)):
+            start = time.perf_counter()
+            with contextlib.suppress(torch.OutOfMemoryError):
+                call(ways[n])
+                if device != "cpu":
+                    getattr(torch, device).synchronize()
+                in_round[n] = time.perf_counter() - start
+    cells = []
+    for way, times in zip(ways, seconds[1:].T):  # the first round warms up
+        low, middle, high = np.quantile(times / seconds[1:, 0], [0.25, 0.5, 0.75])
+        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times):.1f} ms")
+        if device == "cuda" and middle == middle:
+            torch.cuda.reset_peak_memory_stats()
+            call(way)
+            cells[-1] += f"\n{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+    return cells
 
 
 def bench(args):
-    """Time every way of attention against our vanilla -> a table and <out_dir>/bench.json: forward
-    + backward of the attention sublayer up to its out-projection, then one step of training a GPT.
-    A round runs every way once, in any order; a ratio is of two times of the same round."""
-    n_layer, n_head, C, n_tokens, at_least, step_T, *Ts = BENCH[args.device]
+    """Time the attention sublayer in every way, and a whole training step in every arm."""
+    n_layer, n_head, C, tokens, step_T = 6, 6, 384, 4096, 256
+    if args.device == "cuda":  # GPT-2 124M
+        n_layer, n_head, C, tokens, step_T = 12, 12, 768, 16384, 1024
+    arms, rows = ["vanilla", "myopic", "myopic_kv", "horizon_4"], []
+    ways = [*arms, "two streams", "torch's own"]
+    for T in (64, 128, 256, 512, 1024, 2048):
+        x, dy = torch.randn(2, tokens // T, T, C).to(args.device, getattr(torch, args.run.dtype))
+        w, b = nn.Linear(C, 3 * C).to(x).parameters()
+        call = functools.partial(sublayer, x.requires_grad_(), w, b, n_head, dy)
+        rows.append([f"sublayer\nT = {T}", *time_calls(call, ways, args.device)])
     model = GPT(GPTConfig(step_T, 256, n_layer, n_head, C)).to(args.device)
-    optimizer = model.configure_optimizers(0.1, 1e-3, device_type=args.device)
-    heads = lambda x, w, b: split_heads(F.linear(x, w, b), n_head)              # 3 (B, nh, T, hs)
-    ways = {name: functools.partial(myopic_attention, n_head=n_head, horizon=h, cut=cut)
-            for name, h, cut in (("vanilla", None, "hidden"), ("myopic", 0, "hidden"),
-                ("horizon 4", 4, "hidden"), ("myopic_kv", 0, "kv"), ("kv, horizon 4", 4, "kv"))}
-    ways["two streams"] = lambda x, w, b: merge_heads(two_stream_attention(     # the textbook way
-        *heads(x, w, b), *heads(x.detach(), w, b)[1:]))
-    ways["torch's own"] = lambda x, w, b: merge_heads(                          # as in nanoGPT
-        F.scaled_dot_product_attention(*heads(x, w, b), is_causal=True))
-    records, rows = [], []
-    for what, T in tqdm([*(("sublayer", T) for T in Ts), ("step", step_T)], "bench", leave=False):
-        x, dy = torch.randn(2, n_tokens // T, T, C).to(args.device, getattr(torch, args.dtype))
-        leaves = x.requires_grad_(), *nn.Linear(C, 3 * C).to(x).parameters()
-        xy = torch.randint(256, (2, n_tokens // T, T), device=args.device)
+    run = replace(args.run, max_iters=1)
+    optimizer = model.configure_optimizers(run)
+    xy = torch.randint(256, (2, tokens // step_T, step_T), device=args.device)
 
-        def seconds(way):
-            start = time.perf_counter()
-            if what == "sublayer":
-                torch.autograd.grad(way(*leaves), leaves, dy)
-            else:
-                for a in (block.attn for block in model.transformer.h):
-                    a.forward = lambda x, _, a=a: a.c_proj(way(x, *a.c_attn.parameters()))
-                train(model, optimizer, lambda _: xy, steps=1, learning_rate=1e-3, dtype=args.dtype)
-            args.device == "cpu" or getattr(torch, args.device).synchronize()
-            return time.perf_counter() - start
-        rounds, until = [], math.inf                            # the first round is a warm-up
-        while len(rounds) < 6 or time.time() < until:
-            rounds.append({way: seconds(ways[way]) for way in random.sample([*ways], len(ways))})
-            until = min(until, time.time() + at_least)
-        t = np.array([[times[way] for way in ways] for times in rounds[1:]])    # (rounds, ways)
-        rows.append([f"{what}\nT {T}"])
-        for n, way in enumerate(ways):
-            q = np.quantile(t[:, n] / t[:, 0], [0.25, 0.5, 0.75]).tolist()
-            records.append(dict(what=what, T=T, way=way, ms=1000 * np.median(t[:, n]), quartiles=q,
-                                rounds=len(t), dtype=args.dtype, **args.stamp))
-            rows[-1].append(f"{q[1]:.2f}\n{q[0]:.2f}–{q[2]:.2f}\n{records[-1]['ms']:.0f} ms")
-            if args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                seconds(ways[way])
-                records[-1]["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
-                rows[-1][-1] += f"\n{records[-1]['peak_mib']:.0f} MiB"
-        save_records(args.out_dir / "bench.json", records)
-    print_table(f"Forward and backward on {args.stamp['device']}", ["", *ways], rows, "time over "
-                f"vanilla's, median and quartiles of paired rounds; median time\n{n_tokens} "
-                f"tokens, {C} channels, {n_head} heads; step: {n_layer} layers, AdamW included")
+    def step(arm):
+        vars(model.config).update(arm_fields(arm))  # every block shares this config
+        train(model, optimizer, lambda step: xy, run, lambda news: None)
+
+    rows.append([f"step\nT = {step_T}", *time_calls(step, arms, args.device)])
+    caption = "time over vanilla's in the same round: median (quartiles); median time"
+    print_table(f"Forward and backward on {args.stamp['device']}", ["", *ways], rows, caption)
 
 
-def experiments(args):
-    path, c, start = args.out_dir / "myopic_gpt.json", args, {}
-    records = load_records(path)                        # a damaged file is refused before any work
-    if args.init_from:
-        model, saved = load_checkpoint(args.init_from)
-        c, start = model.config, {"tokens": "bin"} | saved["config"]
-    shapes, preset = [(c.n_layer, c.n_head, c.n_embd)], PRESETS[args.preset]
-    if shapes == [(preset["n_layer"], preset["n_head"], preset["n_embd"])] and not args.init_from:
-        shapes += args.shapes
-    [GPTConfig(args.block_size, 1, *shape, args.dropout) for shape in shapes]   # refuses bad ones
-    data, keys = " ".join(map(str, args.data or ["python"])), ("block_size", "dropout", "max_iters",
-        "batch_size", "gradient_accumulation_steps", "vocab_size", "dtype", "compile")
-    for kind in [start["tokens"]] if start.get("words") else args.tokens:
-        if args.plot_only:      # the text is not read again: take the last one of this name
-            text, old = None, [r for r in records if r["tokens"] in (kind, "bin") and (
-                r["data"], r.get("vocab_size")) == (data, args.vocab_size)]
-            kind, sha = (old[-1]["tokens"], old[-1]["data_sha256"]) if old else (kind, None)
-        else:
-            text = load_text(args.data, kind, args.vocab_size, start.get("words"))
-            sha, kind = text.sha256, text.kind
-            if (n := min(len(text.train), len(text.val))) <= args.block_size:
-                raise Refusal(f"block_size {args.block_size} is not below {n}, the size of a split "
-                              f"of --data {data}: give more text, or lower --block_size")
-            if args.init_from and (kind, text.vocab_size) != (start["tokens"], c.vocab_size):
-                raise Refusal(f"{text.vocab_size} {kind} tokens do not fit {args.init_from}: give "
-                              f"its own --data, and --vocab_size {c.vocab_size}")
-        # one rule for all arms: the wider the model, the smaller its learning rate
-        wanted = [dict({k: getattr(args, k) for k in keys}, task="text", arm=arm, seed=seed,
-                       n_layer=l, n_head=h, n_embd=C, tokens=kind, data=data, data_sha256=sha,
-                       init_from=args.init_from and str(args.init_from),
-                       learning_rate=args.learning_rate * math.sqrt(c.n_embd / C))
-                  for l, h, C in shapes for seed in range(args.seed, args.seed + args.seeds)
-                  for arm in args.arms]
-        report(run_experiments(path, wanted, ("arm", "seed"), lambda s: run_text(s, text, args),
-                               args), args.out_dir)
-        if kind == "bin":       # --tokens does not matter to it
-            break
+# ------------------------ main
+def flags(argv=None):
+    """argv -> args; no text is read yet."""
+    data = dict(nargs="+", metavar="FILE", default=[], help="UTF-8 text (Python's own English)")
+    cost = dict(action="store_true", help="only measure what the stop-gradient costs")
+    return parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])
 
 
 def main(argv=None):
-    """Train what is not recorded yet, draw figures, print the table; or --sample, or --bench."""
-    run_command(__doc__, PRESETS, {
-        "--data": dict(nargs="+", type=Path, default=None, help="files, folders or nanoGPT's .bin"),
-        "--tokens": dict(nargs="+", choices=["byte", "word"], help="what a token is"),
-        "--vocab_size": dict(type=int, default=None, metavar="N", help="words, .bin"),
-        "--dropout": dict(type=float, default=0.0, metavar="X", help="while training"),
-        "--save_every": dict(type=int, metavar="N", help="steps between checkpoints"),
-        "--init_from": dict(type=Path, default=None, help="start from this checkpoint"),
-        "--sample": dict(metavar="TEXT", default=None, help="only continue TEXT"),
-        "--bench": dict(action="store_true", default=False, help="only measure time and memory"),
-    }, argv, lambda args: (bench if args.bench else experiments if args.sample is None
-                           else write_sample)(args))
+    """Train what is not recorded yet, draw, print the table; or measure what it costs."""
+    with exit_status(__file__):
+        args = flags(argv)
+        if args.bench:
+            return bench(args)
+        text = load_text(args.data, args.run.tokens, args.run.vocab_size)
+        ids, held_out, vocabulary = text
+        print(f"text: {len(ids):,} {args.run.tokens}s to train on, {len(held_out):,} held out")
+        too_long = f"block_size is {args.run.block_size}: the text is too short for it"
+        require(args.run.block_size < min(len(ids), len(held_out)), too_long)
+        digest = hashlib.sha256(np.concatenate([ids, held_out])).hexdigest()
+        base = replace(args.run, vocab_size=len(vocabulary), data_sha256=digest)
+        seeds = range(args.seed, args.seed + args.seeds)
+        runs = [replace(base, seed=seed, arm=arm) for seed in seeds for arm in args.arms]
+        train_one = functools.partial(train_text, text)
+        report(train_missing(runs, train_one, "val_loss", args.out_dir / "text.jsonl", args), args)
 
 
 if __name__ == "__main__":

@@ -7,55 +7,118 @@ but it cannot take `a` sines first. A model of two layers can do it if layer 1 c
 at every position n, although n itself has no use for it, and layer 2 adds up what lies ready. That
 is pre-caching: it takes gradient from later losses, and myopic training stops that.
 
-    python synthetic.py                      # p = 1, three arms, three seeds: minutes on two cores
-    python synthetic.py --preset smoke       # the same in seconds
-    python synthetic.py --preset full        # the paper's task and model, four values of p: one GPU
-    python synthetic.py --p 0.3 --a 4 --b 3 --out_dir out/mine      # another task
+    python synthetic.py --preset demo        # an easy sine: vanilla learns it, myopic does not
+    python synthetic.py                      # the paper's sine, a small model: minutes on two cores
+    python synthetic.py --preset full        # the paper's task and model, four values of p
 
 Evidence: (1) the loss, beside that of the predictor (1 - z_n) x_n; (2) a linear probe that reads
-sin(b x_{n-i}) out of the residual stream, beside the same probe on the model before training.
-Task, model and probes after Wu, Morris, Levine (2024), arXiv 2404.00859, section 4.
+sin(b x_{n-i}) out of the residual stream, beside the same probe before training; (3) exchange what
+layer 1 wrote at one position, and see which later answers move. Task, model and probe: Wu, Morris,
+Levine (2024), arXiv 2404.00859, section 4.
+
 Shapes as in myopic_gpt.py; also L = n_layer, and K lookbacks i = 0 .. K-1.
 """
+
+import functools
 import math
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.colors import LogNorm
 
 import myopic_gpt as mg
 
-COMMON = dict(arms=["vanilla", "myopic", "myopic_kv"], seed=0, n_layer=2, n_head=2, embd_std=0.05,
-              wave_std=0.0, learning_rate=2e-3, minutes_on="two CPU cores")
-PRESETS = {     # b_start: the frequency that training begins with, see next_batch in run_precache
-    "smoke": dict(COMMON, seeds=1, p=[1.0], a=3, b=2.0, b_start=1.0, block_size=12, n_embd=16,
-                  batch_size=16, max_iters=20, eval_sequences=128, minutes_per_run=0.01),
-    "quick": dict(COMMON, seeds=3, p=[1.0], a=10, b=5.0, b_start=2.0, block_size=32, n_embd=64,
-                  batch_size=128, max_iters=800, eval_sequences=2048, minutes_per_run=0.6),
-    "full": dict(COMMON, seeds=3, p=[0.01, 0.1, 0.3, 1.0], a=10, b=10.0, b_start=2.0, block_size=64,
-                 n_embd=128, batch_size=512, max_iters=11718, eval_sequences=8192,
-                 embd_std=0.1, wave_std=0.1, learning_rate=1e-3, minutes_per_run=1.0,
-                 minutes_on="a GPU (guess)"),
+
+# ------------------------ a run
+@dataclass(frozen=True)
+class SineRun(mg.Run):
+    """A run on the sine task. Training starts with an easier one (see curriculum) in every arm."""
+
+    p: float = 1.0
+    a: int = mg.setting(10, "how many sines are summed", 1)
+    b: float = mg.setting(10.0, "frequency of the sine", 1e-6)
+    b_start: float = mg.setting(2.0, "the frequency that training starts with", 1e-6)
+    b_hold: float = mg.setting(0.15, "share of the steps with b_start", most=0.99)
+    b_full: float = mg.setting(0.65, "share of the steps after which b is reached", 1e-6, 1)
+    x_wide: float = mg.setting(1.5, "standard deviation of x at first", 1e-6)
+    x_until: float = mg.setting(0.8, "share of the steps with x_wide", most=1)
+    embd_std: float = mg.setting(0.1, "of the embedding at the start")
+    wave_std: float = mg.setting(0.1, "of the positions at the start, sines and cosines")
+    eval_sequences: int = mg.setting(2048, "sequences that are evaluated", 2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        mg.require(0 < self.p <= 1, f"p is {self.p}: give a number above 0, at most 1")
+        mg.require(self.n_layer > 1, f"n_layer is {self.n_layer}: the task takes two layers")
+        mg.require(self.a < self.block_size, f"a is {self.a}: make it less than block_size")
+        mg.require(self.b_hold < self.b_full, f"b_hold is {self.b_hold}: make it less than b_full")
+        text_only = self.config(1).past == "frozen"
+        mg.require(not text_only, f"arm {self.arm} is for text: leave it out, or use myopic_gpt.py")
+
+
+SHARED = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=64,
+    batch_size=32,
+    learning_rate=5e-3,
+    beta1=0.99,
+    beta2=0.998,
+    weight_decay=0.0,
+    muon="attn",
+    muon_rate=5e-3,
+    muon_decay=1.0,
+    decay_from=0.65,
+)
+DEMO = dict(a=3, b=4.0, x_wide=1.0, block_size=12, n_embd=32, batch_size=64, max_iters=300)
+ARMS = ["vanilla", "myopic", "myopic_kv"]
+QUICK = SineRun(block_size=32, max_iters=2400, **SHARED)
+PRESETS = {
+    "demo": dict(
+        run=replace(QUICK, eval_sequences=1024, **DEMO), arms=ARMS[:2], seeds=1, seconds=5, p=[1.0]
+    ),
+    "quick": dict(run=QUICK, arms=ARMS, seeds=3, seconds=45, p=[1.0]),
+    "full": dict(
+        run=replace(QUICK, block_size=64, n_embd=128, max_iters=6000, eval_sequences=8192),
+        arms=ARMS,
+        seeds=3,
+        seconds=560,
+        p=[0.01, 0.1, 0.3, 1.0],
+    ),
 }
-PAPER = {   # Huber / p of the paper's runs: one seed, a = b = 10
-    0.01: dict(vanilla=0.096, myopic=1.10), 0.1: dict(vanilla=0.016, myopic=0.97),
-    0.3: dict(vanilla=0.0030, myopic=1.03), 1.0: dict(vanilla=0.0074)}  # myopic: 1.26 with 3 layers
+# Huber / p of the paper's runs: one seed, a = b = 10 (at p = 1 its myopic model has 3 layers).
+PAPER = {
+    0.01: dict(vanilla=0.096, myopic=1.10),
+    0.1: dict(vanilla=0.016, myopic=0.97),
+    0.3: dict(vanilla=0.0030, myopic=1.03),
+    1.0: dict(vanilla=0.0074),
+}
 LOOKBACKS = 16
 
 
 # ------------------------ the task and the model
-def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None):
+def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0):
     """Draw sequences of D_p: x (B, T, 2), x[..., 0] = x_n and x[..., 1] = z_n, and y (B, T).
 
     y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n; terms before position 0 are 0. The batch
-    is made on the generator's device. Source: Wu, Morris, Levine (2024), section 4.1."""
+    is made on the generator's device; x_std is for a curriculum. Source: Wu, Morris, Levine (2024),
+    section 4.1."""
     device = None if generator is None else generator.device
-    x = torch.randn(batch_size, seq_len, generator=generator, device=device)            # (B, T)
+    x = x_std * torch.randn(batch_size, seq_len, generator=generator, device=device)  # (B, T)
     z = (torch.rand(batch_size, seq_len, generator=generator, device=device) < p).float()
-    sines = F.pad(torch.sin(b * x), (a, 0))[:, :-1]                                     # (B, a+T-1)
-    y = z * sines.unfold(1, a, 1).sum(-1) + (1 - z) * x                                 # (B, T)
+    sines = F.pad(torch.sin(b * x), (a, 0))[:, :-1]  # (B, a + T - 1)
+    y = z * sines.unfold(1, a, 1).sum(-1) + (1 - z) * x  # (B, T)
     return torch.stack([x, z], dim=-1), y
+
+
+def draw(run, count, seed, device="cpu"):
+    """`count` sequences of the run's own task; the same for the same seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return sample_batch(count, run.block_size, run.p, run.a, run.b, generator)
 
 
 def trivial_prediction(x):
@@ -63,12 +126,25 @@ def trivial_prediction(x):
     return (1 - x[..., 1]) * x[..., 0]
 
 
-class SineModel(mg.GPT):
-    """GPT with ReLUs, a linear embedding of (x, z) and a linear read-out of one number. Learned
-    positions start at random (deviation 0.02) or, if wave_std > 0, as sines and cosines whose
-    mean square is wave_std^2: channel c goes through T^(-c/C) radians per position."""
+def curriculum(run, step):
+    """The task of a training step: its b, its p, and the standard deviation of its x.
 
-    def __init__(self, config, embd_std=0.02, wave_std=0.0):
+    At first b = b_start and every answer asks for the sines, so that attention finds its window;
+    then b rises in a straight line until b_full. x is drawn wider until x_until, so that the rare
+    large |x| are learned before attention has learned to avoid them."""
+    done = step / run.max_iters
+    rise = (done - run.b_hold) / (run.b_full - run.b_hold)
+    b = run.b_start + (run.b - run.b_start) * min(1, max(0, rise))
+    return b, run.p if rise > 0 else 1.0, run.x_wide if done < run.x_until else 1.0
+
+
+class SineModel(mg.GPT):
+    """GPT with ReLUs, a linear embedding of (x, z) and a linear read-out of one number.
+
+    Learned positions start as sines and cosines whose mean square is wave_std^2: channel c goes
+    through T^(-c/C) radians per position."""
+
+    def __init__(self, config, embd_std=0.1, wave_std=0.1):
         super().__init__(config)
         for block in self.transformer.h:
             block.mlp.act = nn.ReLU()
@@ -76,300 +152,626 @@ class SineModel(mg.GPT):
         self.lm_head = nn.Linear(config.n_embd, 1)
         for layer, std in ((self.transformer.wte, embd_std), (self.lm_head, 0.02)):
             nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)      # a random one spreads the kinks: a sine by chance
-        if wave_std:
-            T, c = config.block_size, torch.arange(config.n_embd)
-            angle = torch.arange(T)[:, None] * T ** (-c / len(c)) + math.pi / 2 * (c % 2)   # (T, C)
-            self.transformer.wpe.weight.data.copy_(math.sqrt(2) * wave_std * angle.sin())
+            nn.init.zeros_(layer.bias)
+        T, c = config.block_size, torch.arange(config.n_embd)
+        angle = torch.arange(T)[:, None] * T ** (-c / len(c)) + math.pi / 2 * (c % 2)  # (T, C)
+        self.transformer.wpe.weight.data.copy_(math.sqrt(2) * wave_std * angle.sin())
 
     def forward(self, x, y=None):
         """x (B, T, 2), y (B, T) -> prediction (B, T), Huber loss (delta 1) or None."""
-        guess = self.lm_head(self.transformer.ln_f(self.hidden_states(x)[-1])).squeeze(-1)
-        return guess, None if y is None else F.huber_loss(guess.float(), y)
+        guess = self.read_out(self.hidden_states(x)[-1], len(self.transformer.h))
+        return guess, None if y is None else F.huber_loss(guess.to(y.dtype), y)
+
+    def read_out(self, state, layer):
+        """The residual stream after `layer` blocks (B, T, C) -> prediction (B, T)."""
+        for block in self.transformer.h[layer:]:
+            state = block(state)
+        return self.lm_head(self.transformer.ln_f(state)).squeeze(-1)
+
+
+def make_model(run):
+    """The untrained model of a run: the same start in every arm."""
+    torch.manual_seed(run.seed)
+    return SineModel(run.config(1), run.embd_std, run.wave_std)
 
 
 # ------------------------ measurements
-@torch.no_grad()
-def huber_losses(model, x, y, p):
-    """Huber loss of the model and of the trivial predictor: over p, and apart for z = 1, z = 0."""
-    z, numbers = x[..., 1] == 1, {}
-    for name, guess in (("huber", torch.cat([model(part)[0] for part in x.split(512)])),
-                        ("trivial", trivial_prediction(x))):
-        loss = F.huber_loss(guess, y, reduction="none")                                 # (B, T)
-        numbers[f"{name}_over_p"] = loss.mean().item() / p
-        numbers[f"{name}_z1"] = loss[z].mean().item() if z.any() else None
-        numbers[f"{name}_z0"] = loss[~z].mean().item() if not z.all() else None
-    numbers["ratio"] = numbers["huber_over_p"] / numbers["trivial_over_p"] if z.any() else None
-    return numbers
+def r_squared(estimate, truth):
+    """1 - squared error / squared distance to the mean, for each column: (rows, K) -> (K,)."""
+    return 1 - (truth - estimate).square().sum(0) / (truth - truth.mean(0)).square().sum(0)
 
 
 @torch.no_grad()
-def probe_data(model, x, lookbacks):
-    """Rows for the probe: one per sequence and position with all `lookbacks` inputs, its own first.
+def probe_rows(model, x):
+    """One row per sequence and position with K inputs behind it, its own included.
 
-    Returns hidden states (L+1, rows, C), past inputs x_{n-i} (rows, K): float64, on the CPU."""
-    T, K = x.size(1), lookbacks
-    states = torch.stack(model.hidden_states(x))[:, :, K - 1:].flatten(1, 2)        # (L+1, rows, C)
-    past = torch.stack([x[:, K - 1 - i:T - i, 0] for i in range(K)], dim=-1)        # (B, T-K+1, K)
+    x (B, T, 2) -> residual stream (L + 1, rows, C), past inputs x_{n-i} (rows, K); float64, CPU."""
+    T = x.size(1)
+    K = min(LOOKBACKS, T // 2)
+    states = torch.stack(model.hidden_states(x))[:, :, K - 1 :].flatten(1, 2)  # (L + 1, rows, C)
+    past = torch.stack([x[:, K - 1 - i : T - i, 0] for i in range(K)], dim=-1)  # (B, T - K + 1, K)
     return states.cpu().double(), past.flatten(0, 1).cpu().double()
 
 
-def ridge_probe(train_states, train_targets, test_states, test_targets, ridge=1e-3):
-    """Held-out, centred R^2 of a linear probe: 1 - squared error / squared distance to the mean.
-
-    states (rows, C), targets (rows, K), from two separate draws -> R^2 (K,), estimates (rows, K).
-    """
-    mean, scale, centre = train_states.mean(0), train_states.std(0) + 1e-9, train_targets.mean(0)
-    X, X_test = (train_states - mean) / scale, (test_states - mean) / scale             # (rows, C)
+def fit_probe(states, targets, ridge=1e-3):
+    """Ridge regression of targets (rows, K) on states (rows, C) -> a function of states."""
+    mean, scale, centre = states.mean(0), states.std(0) + 1e-9, targets.mean(0)
+    X = (states - mean) / scale  # (rows, C)
     penalty = ridge * len(X) * torch.eye(X.size(1), dtype=X.dtype)
-    weights = torch.linalg.solve(X.T @ X + penalty, X.T @ (train_targets - centre))     # (C, K)
-    estimate = X_test @ weights + centre                                                # (rows, K)
-    error = (test_targets - estimate).square().sum(0)
-    return 1 - error / (test_targets - test_targets.mean(0)).square().sum(0), estimate
+    weights = torch.linalg.solve(X.T @ X + penalty, X.T @ (targets - centre))  # (C, K)
+
+    def read(states):
+        return (states - mean) / scale @ weights + centre  # (rows, K)
+
+    return read
 
 
-def correlations(states, targets):
-    """|correlation| of each channel with each target: (rows, C), (rows, K) -> (C, K)."""
-    X, Y = (t - t.mean(0) for t in (states, targets))
-    return (X.T @ Y).abs() / (X.norm(dim=0)[:, None] * Y.norm(dim=0) + 1e-12)
+def probe_model(model, run, b, count, device):
+    """What a linear probe reads of sin(b x_{n-i}), held out and centred.
+
+    -> R^2 [layer][lookback], layer 0 the embedding, l that after block l; then for layer 1 and the
+    position's own x: x (rows,), estimate (rows,)."""
+    (train, past), (test, past_test) = (
+        probe_rows(model, draw(run, count // 2, seed, device)[0]) for seed in (20_000, 20_001)
+    )
+    r2 = []
+    for X, X_test in zip(train, test):
+        estimate = fit_probe(X, torch.sin(b * past))(X_test)
+        r2.append(r_squared(estimate, torch.sin(b * past_test)).tolist())
+        if len(r2) == 2:  # layer 1
+            x, shown = past_test[:, 0], estimate[:, 0]
+    return r2, x.numpy(), shown.numpy()
 
 
-def probe_model(model, s, device, pictures):
-    """Probe the residual stream after every block (0: the embedding; 1: after block 1, its MLP
-    included) for sin(b x_{n-i}): R^2 [layer][lookback]; with data for the figures if asked."""
-    generator, K = torch.Generator(device).manual_seed(20_000), min(LOOKBACKS, s["block_size"] // 2)
-    draws = [sample_batch(s["eval_sequences"] // 2, s["block_size"], s["p"], s["a"], s["b"],
-                          generator)[0] for _ in ("train", "test")]
-    (train, past_train), (test, past) = (probe_data(model, x, K) for x in draws)
-    sines_train, sines = torch.sin(s["b"] * past_train), torch.sin(s["b"] * past)       # (rows, K)
-    fits = [ridge_probe(X, sines_train, X_test, sines) for X, X_test in zip(train, test)]
-    rounded = lambda t, digits: np.round(t.tolist(), digits).tolist()
-    numbers = dict(probe_r2=[rounded(r2, 4) for r2, _ in fits])
-    if pictures:
-        estimate = fits[1][1][:400, 0]                                                  # layer 1
-        numbers.update(sine_x=rounded(past[:400, 0], 3), sine_estimate=rounded(estimate, 3),
-                       neurons_x=[rounded(correlations(X, past), 2) for X in test[1:]],
-                       neurons_sin=[rounded(correlations(X, sines), 2) for X in test[1:]])
-    return numbers
+@torch.no_grad()
+def patch(model, run, count, device):
+    """Cause and effect: at one position n of each sequence, put in place of what block 1 left there
+    what the same model has there with another x. Answers i later that need the sine (z = 1) should
+    move by sin(b x') - sin(b x) for i = 1 .. a, and by nothing else. -> slope and correlation of
+    the answer's move with that, for i = 0 .. K - 1."""
+    x, _ = draw(run, count, 30_000, device)
+    K, rows = min(LOOKBACKS, run.block_size // 2), torch.arange(count, device=device)
+    generator = torch.Generator(device).manual_seed(30_001)
+    n = torch.randint(run.block_size - K, (count,), generator=generator, device=device)
+    other = x.clone()
+    other[rows, n, 0] = torch.randn(count, generator=generator, device=device)
+    state = model.hidden_states(x)[1]  # (B, T, C)
+    patched = state.clone()
+    patched[rows, n] = model.hidden_states(other)[1][rows, n]
+    move = model.read_out(patched, 1) - model.read_out(state, 1)  # (B, T)
+    due = torch.sin(run.b * other[rows, n, 0]) - torch.sin(run.b * x[rows, n, 0])  # (B,)
+    slopes, correlations = [], []
+    for i in range(K):
+        asked = x[rows, n + i, 1] == 1
+        got, want = move[rows, n + i][asked], due[asked]
+        slopes.append(((got @ want) / (want @ want)).item())
+        correlations.append(((got @ want) / (got.norm() * want.norm() + 1e-12)).item())
+    return slopes, correlations
+
+
+EDGES = np.arange(0, 3.5, 0.5)  # of bins of |x|, the last one open
+
+
+@torch.no_grad()
+def attention_by_x(model, run, count, device):
+    """Mean attention of block 2 from readers with z = 1 to a token in their window, by its |x|."""
+    x, _ = draw(run, count, 40_000, device)
+    block, state, T = model.transformer.h[1], model.hidden_states(x)[1], run.block_size
+    q, k, _ = mg.split_heads(block.attn.c_attn(block.ln_1(state)), run.n_head)  # (B, nh, T, hs)
+    S = (q @ k.mT / math.sqrt(q.size(-1))).float()  # (B, nh, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+    P = S.masked_fill(future, -math.inf).softmax(-1).mean(1)  # (B, T, T)
+    lag = torch.arange(T)[:, None] - torch.arange(T)  # (T, T)
+    inside = ((lag >= 1) & (lag <= run.a)).to(device) & (x[:, :, 1:] == 1)  # (B, T, T)
+    size = x[:, None, :, 0].abs().expand_as(P)[inside].cpu().numpy()
+    return mean_in_bins(size, P[inside].cpu().numpy())
+
+
+def mean_in_bins(size, values):
+    """Mean of the values in each bin of |x|, None where there are none."""
+    bins = [values[np.digitize(size, EDGES) == n] for n in range(1, len(EDGES) + 1)]
+    return [float(inside.mean()) if inside.size else None for inside in bins]
+
+
+def huber_losses(model, x, y, p):
+    """Huber / p of the model and of the trivial predictor on the same sequences, and the ratio."""
+    with torch.no_grad():
+        guess = torch.cat([model(part)[0] for part in x.split(512)])
+    huber, trivial = F.huber_loss(guess, y).item(), F.huber_loss(trivial_prediction(x), y).item()
+    return dict(huber_over_p=huber / p, trivial_over_p=trivial / p, ratio=huber / trivial)
 
 
 # ------------------------ one run
-def run_precache(s, device, pictures):
-    """Train one model; -> the numbers of its record. Same seed: same start, same batches."""
-    torch.manual_seed(s["seed"])
-    config = mg.GPTConfig(s["block_size"], 1, s["n_layer"], s["n_head"], s["n_embd"],
-                          **mg.arm_fields(s["arm"]))
-    model = SineModel(config, s["embd_std"], s["wave_std"]).to(device)
-    batches = torch.Generator(device).manual_seed(1_000 + s["seed"])
-    x, y = sample_batch(s["eval_sequences"], s["block_size"], s["p"], s["a"], s["b"],
-                        torch.Generator(device).manual_seed(10_000))
-    untrained = probe_model(model, s, device, pictures)         # the control: same seed, step 0
-    curve = []
+def train_sine(run, device, tell):
+    """Train one model -> the model, the numbers of its record, arrays for pictures."""
+    model = make_model(run).to(device)
+    x, y = draw(run, run.eval_sequences, 10_000, device)
+    batches = torch.Generator(device).manual_seed(1_000 + run.seed)
+    r2_untrained, _, estimate_untrained = probe_model(model, run, run.b, len(x), device)
+    patch_untrained, _ = patch(model, run, len(x), device)
+    curve, film, gradient_parts = [], [], []
+    lags = dict(start=lag_shares(model, x[:128], y[:128]))
 
-    def next_batch(step):   # in every arm alike, b goes from b_start to b over the first 60%
-        b = s["b_start"] + (s["b"] - s["b_start"]) * min(1, step / (0.6 * s["max_iters"]))
-        return sample_batch(s["batch_size"], s["block_size"], s["p"], s["a"], b, batches)
+    def next_batch(step):  # the same in every arm
+        b, p, x_std = curriculum(run, step)
+        return sample_batch(run.batch_size, run.block_size, p, run.a, b, batches, x_std)
 
-    def after_step(n):
-        if n % max(1, s["max_iters"] // 20) == 0:
-            curve.append([n, huber_losses(model, x[:512], y[:512], s["p"])["ratio"]])
+    def after_step(step):
+        if step % max(1, run.max_iters // 24) == 0:
+            b, _, _ = curriculum(run, step)
+            curve.append([step, huber_losses(model, x[:512], y[:512], run.p)["ratio"]])
+            _, film_x, estimate = probe_model(model, run, b, 256, device)
+            film.append([film_x[:300], estimate[:300]])
+            if run.arm == "vanilla":
+                now = draw(replace(run, b=b), 128, 70_000, device)
+                gradient_parts.append([step, *diagonal_and_rest(model, *now)])
 
     after_step(0)
-    optimizer = model.configure_optimizers(0.01, s["learning_rate"], device_type=device)
-    mg.train(torch.compile(model) if s["compile"] else model, optimizer, next_batch,
-             steps=s["max_iters"], learning_rate=s["learning_rate"], dtype=s["dtype"],
-             grad_accum=s["gradient_accumulation_steps"], after_step=after_step,
-             title=f"{s['arm']} p={s['p']:g} seed {s['seed']}")
-    numbers = {**huber_losses(model, x, y, s["p"]), **probe_model(model, s, device, pictures),
-               "probe_r2_untrained": untrained["probe_r2"], "curve": curve,
-               "sine_estimate_untrained": untrained.get("sine_estimate")}
-    print(f"{s['arm']:>9}, p = {s['p']:g}, seed {s['seed']}: loss {numbers['huber_over_p']:.3f}, "
-          f"{numbers['ratio'] or math.nan:.2f} of the trivial predictor's; layer 1 gives "
-          f"sin({s['b']:g} x_n) with R² {numbers['probe_r2'][1][0]:.2f}, "
-          f"untrained {untrained['probe_r2'][1][0]:.2f}", flush=True)
-    return numbers
+    optimizer = model.configure_optimizers(run)
+    mg.train(model, optimizer, next_batch, run, tell, after_step)
+    r2, probe_x, estimate = probe_model(model, run, run.b, len(x), device)
+    slopes, correlations = patch(model, run, len(x), device)
+    error = np.sin(run.b * probe_x) - estimate
+    numbers = huber_losses(model, x, y, run.p) | dict(
+        probe_r2=r2,
+        probe_r2_untrained=r2_untrained,
+        patch_slope=slopes,
+        patch_correlation=correlations,
+        patch_slope_untrained=patch_untrained,
+        attention_by_x=attention_by_x(model, run, min(512, len(x)), device),
+        probe_error_by_x=mean_in_bins(np.abs(probe_x), error**2),
+        curve=curve,
+    )
+    if run.arm == "vanilla":
+        lags["end"] = lag_shares(model, x[:128], y[:128])
+        numbers |= dict(lag_share=lags, gradient_parts=gradient_parts)
+    arrays = dict(
+        probe_x=probe_x[:400],
+        estimate=estimate[:400],
+        estimate_untrained=estimate_untrained[:400],
+        film=np.array(film, dtype=np.float32),  # (frames, 2, 300)
+    )
+    return model, numbers, arrays
 
 
-# ------------------------ figures and table
-def by_arm(records, p):
-    """{arm: [records of its seeds]} at this p."""
-    arms = {}
-    for r in records:
-        if r["p"] == p:
-            arms.setdefault(r["arm"], []).append(r)
-    return arms
+# ------------------------ whom the gradient serves
+def position_losses(model, state, y):
+    """The loss at every position (B, T), from the state after the last block (B, T, C)."""
+    if isinstance(model, SineModel):
+        guess = model.read_out(state, len(model.transformer.h))
+        return F.huber_loss(guess, y, reduction="none")
+    logits = model.lm_head(model.transformer.ln_f(state))  # (B, T, V)
+    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
 
 
-def seeds_text(records):
-    n = len({r["seed"] for r in records})
-    return f"mean of {n} seeds, band: one standard deviation" if n > 1 else "one seed"
+def gradient_table(model, x, y, layer):
+    """Entry (i, j): root mean square, over sequences and channels, of the gradient of the loss at i
+    with respect to the residual stream after `layer` blocks at j. One backward pass per row."""
+    states, rows = model.hidden_states(x), []
+    losses = position_losses(model, states[-1], y)  # (B, T)
+    for i in range(x.size(1)):
+        (d_state,) = torch.autograd.grad(losses[:, i].sum(), states[layer], retain_graph=True)
+        rows.append(d_state.square().mean((0, 2)).sqrt())  # (T,)
+    return torch.stack(rows).numpy()
 
 
-def plot_evidence(records, out_dir):
-    """Loss against training steps, and what the probe finds in layer 1, for the largest p."""
-    p, r = max(r["p"] for r in records), records[0]
-    arms = by_arm(records, p)
-    fig, ((left, right),) = mg.new_figure(2, width=4.8, height=3.5)
+def gradients_by_lag(model, x, y):
+    """The gradient of every block's W_K and W_V, split by lag = reader - writer.
+
+    -> (L, T, 2C, C): part [l, lag] is what the readers `lag` later want of them; the parts of all
+    lags add up to the gradient of the mean loss."""
+    n_head, state, seen = model.config.n_head, model.hidden_states(x)[0].detach(), []
+    for block in model.transformer.h:  # the model's forward pass, kept open at its attention
+        normed, c_attn = block.ln_1(state), block.attn.c_attn
+        y_attn = mg.myopic_attention(normed, c_attn.weight, c_attn.bias, n_head, horizon=None)
+        seen.append((normed, c_attn, y_attn))
+        state = state + block.attn.c_proj(y_attn)
+        state = state + block.mlp(block.ln_2(state))
+    loss = position_losses(model, state, y).mean()
+    d_ys = torch.autograd.grad(loss, [y_attn for _, _, y_attn in seen])
+    layers = []
+    for (normed, c_attn, _), d_y in zip(seen, d_ys):
+        with torch.no_grad():
+            q, k, v = mg.split_heads(c_attn(normed), n_head)  # (B, nh, T, hs)
+            out, lse = mg.plain_forward(q, k, v)
+            (G,) = mg.split_heads(d_y, n_head, parts=1)
+            parts = []
+            for lag in range(x.size(1)):
+                near = mg.near_gradients(G, q, k, v, out, lse, lag, first=lag)
+                d_kv = mg.merge_heads(*near)  # (B, T, 2C)
+                parts.append(d_kv.flatten(0, 1).T @ normed.flatten(0, 1))
+            layers.append(torch.stack(parts))  # (T, 2C, C)
+    return torch.stack(layers)
+
+
+def lag_shares(model, x, y):
+    """How much of a gradient comes from readers `lag` later: [layer][W_K or W_V][signed or size],
+    (T,) each. Signed shares add up to 1, <g_lag, g> / |g|^2; of size, |g_lag| / sum of |g_lag|."""
+    layers = []
+    for parts in gradients_by_lag(model, x, y):  # (T, 2C, C)
+        layers.append([])
+        for part in parts.chunk(2, dim=1):  # W_K, W_V: (T, C, C)
+            whole, sizes = part.sum(0), part.norm(dim=(1, 2))
+            signed = (part * whole).sum((1, 2)) / whole.square().sum()
+            shares = torch.stack([signed, sizes / sizes.sum()])  # (2, T)
+            layers[-1].append(np.round(shares.tolist(), 4).tolist())
+    return layers
+
+
+def diagonal_and_rest(model, x, y):
+    """Norm of the diagonal part of the gradient, norm of the rest, and the cosine between them."""
+    arm, parts = model.config.horizon, []
+    for horizon in (0, None):
+        model.config.horizon = horizon  # every block shares this config
+        _, loss = model(x, y)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        parts.append(torch.cat([g.flatten() for g in grads]))
+    model.config.horizon = arm
+    diagonal, rest = parts[0], parts[1] - parts[0]
+    cosine = F.cosine_similarity(diagonal, rest, dim=0)
+    return [diagonal.norm().item(), rest.norm().item(), cosine.item()]
+
+
+# ------------------------ figures: every one for the runs of a single p
+def per_seed(found, arm, key):
+    """[record[key] of every seed] of one arm."""
+    return [record[key] for run, record in found.items() if run.arm == arm]
+
+
+def arms_of(found):
+    return list(dict.fromkeys(run.arm for run in found))
+
+
+def about(found):
+    """What the runs have in common, for captions."""
+    run, n = next(iter(found)), len({run.seed for run in found})
+    task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}, {run.n_embd} channels"
+    seeds = f"mean and standard deviation of {n} seeds" if n > 1 else "one seed"
+    return f"{task}; {run.max_iters} steps of {run.batch_size} sequences; {seeds}"
+
+
+def draw_bars(ax, lines, **labels):
+    """{name: [y of each seed]} -> bars side by side at 0, 1, 2, ...: mean, standard deviation."""
+    width = 0.8 / len(lines)
+    for n, (arm, runs) in enumerate(lines.items()):
+        colour, _, _ = mg.LOOKS[arm]
+        y = np.array(runs)  # (seeds, K)
+        at, sd = np.arange(y.shape[1]) + (n + 0.5) * width - 0.4, y.std(0, ddof=len(y) > 1)
+        ax.bar(at, y.mean(0), width, yerr=sd, color=colour, label=arm, error_kw=dict(lw=0.8))
+    ax.set(**labels)
+
+
+def plot_evidence(found, out_dir):
+    """Who learns the task, and what is in the residual stream after each layer."""
+    run, record = next(iter(found.items()))
+    K = len(record["patch_slope"])
+    fig, ((left, middle, right),) = mg.new_figure(3, width=4.8, height=3.4)
+    curves = {
+        arm: [[ratio for _, ratio in curve] for curve in per_seed(found, arm, "curve")]
+        for arm in arms_of(found)
+    }
     left.axhline(1, color="#999999", linewidth=0.8)
-    mg.draw_lines(left, [n for n, _ in r["curve"]], {
-        arm: {r["seed"]: [ratio for _, ratio in r["curve"]] for r in runs}
-        for arm, runs in arms.items()},
-        title="Who learns the task?", xlabel="training steps", ylim=(0, 1.6),
-        ylabel="loss / loss of the trivial predictor")
-    draw_probe(right, arms, 1, f"Whose layer 1 prepares sin({r['b']:g}·x) for later?")
-    mg.save_figure(fig, out_dir / "precache.png", f"p = {p:g}, a = {r['a']}, b = {r['b']:g} "
-                   f"(from {r['b_start']:g} over 60% of the steps); {seeds_text(records)}")
+    mg.draw_lines(left, [step for step, _ in record["curve"]], curves)
+    ends = [f"{arm} {np.mean(per_seed(found, arm, 'ratio')):.2f}" for arm in arms_of(found)]
+    left.set(title=f"Loss, of the trivial predictor's: {', '.join(ends[:2])}", ylim=(0, 1.6))
+    left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
+    for layer, ax in ((1, middle), (2, right)):
+        shown = {a: [r2[layer] for r2 in per_seed(found, a, "probe_r2")] for a in arms_of(found)}
+        shown["untrained"] = [r["probe_r2_untrained"][layer] for r in found.values()]
+        draw_bars(ax, shown, title=f"After layer {layer}: sines that a probe reads")
+        ax.set(xlabel="lookback i of sin(b·x)", ylabel="R² of the probe", xticks=range(0, K, 5))
+        ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0, label="what the answer needs")
+    middle.legend(fontsize=7)
+    mg.save_figure(fig, out_dir / "precache.png", about(found))
 
 
-def draw_probe(ax, arms, layer, title):
-    """R^2 of the probe for sin(b x_{n-i}) against the lookback i, for every arm and the control."""
-    lines = {arm: {r["seed"]: r["probe_r2"][layer] for r in runs} for arm, runs in arms.items()}
-    lines["untrained"] = {r["seed"]: r["probe_r2_untrained"][layer]
-                          for runs in arms.values() for r in runs}
-    lookbacks = range(len(next(iter(lines["untrained"].values()))))
-    mg.draw_lines(ax, lookbacks, lines, label_at=0, title=title,
-                  xlabel="lookback i", ylabel="probe R² for the sine i back", ylim=(-0.05, 1.05),
-                  xticks=lookbacks[::5])
-
-
-def plot_probes(records, out_dir):
-    """The probe's R^2 for every layer (columns) and p (rows)."""
-    ps, layers = sorted({r["p"] for r in records}), len(records[0]["probe_r2"])
-    fig, axes = mg.new_figure(layers, len(ps), width=4.4, height=3)
-    for row, p in zip(axes, ps):
-        for layer, ax in enumerate(row):
-            where = f"after layer {layer}" if layer else "embedding"
-            draw_probe(ax, by_arm(records, p), layer, f"{where}, p = {p:g}")
-    mg.save_figure(fig, out_dir / "precache_probe.png",
-                   f"held-out, centred R² of a ridge probe; {seeds_text(records)}")
-
-
-def plot_neurons(records, out_dir):
-    """|correlation| of every channel with x_{n-i} and with sin(b x_{n-i}), vanilla and myopic."""
-    p = max(r["p"] for r in records)
-    shown = {arm: runs[0] for arm, runs in by_arm(records, p).items()
-             if arm in ("vanilla", "myopic") and "neurons_sin" in runs[0]}
-    if not shown:
-        return
-    layers, b = range(records[0]["n_layer"]), records[0]["b"]
-    fig, axes = mg.new_figure(2 * len(layers), len(shown), width=2.6, height=2.8)
-    for row, (arm, r) in zip(axes, shown.items()):
-        panels = [(l, *name) for l in layers for name in (("neurons_x", "x"),
-                                                          ("neurons_sin", f"sin({b:g}·x)"))]
-        for ax, (l, key, name) in zip(row, panels):
-            grid = np.array(r[key][l])                                                  # (C, K)
-            grid = grid[np.lexsort((-grid.max(1), grid.argmax(1)))]     # by favourite lookback
-            image = ax.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="magma_r")
-            ax.set_title(f"{arm}, layer {l + 1}: {name}", fontsize=9)
-            ax.set(xlabel="lookback i", yticks=[])
-        row[0].set_ylabel(f"{len(grid)} channels, sorted")
-    fig.colorbar(image, ax=axes, label="|correlation|", shrink=0.6)
-    mg.save_figure(fig, out_dir / "precache_neurons.png", f"residual stream, p = {p:g}, first seed")
-
-
-def plot_sine(records, out_dir):
+def plot_sine(found, arrays, out_dir):
     """The layer-1 probe's estimate of sin(b x_n), drawn over the true sine."""
-    p = max(r["p"] for r in records)
-    runs = {arm: rs[0] for arm, rs in by_arm(records, p).items() if "sine_x" in rs[0]}
-    if not runs:
+    run = next(iter(found))
+    panels = {arm: shown["estimate"] for arm, shown in arrays.items()}
+    first = next(iter(arrays.values()))
+    panels["untrained"] = first["estimate_untrained"]
+    grid = np.linspace(-2.5, 2.5, 400)
+    fig, (row,) = mg.new_figure(len(panels), width=2.9, height=2.7, sharey=True)
+    for ax, (arm, estimate) in zip(row, panels.items()):
+        colour, _, _ = mg.LOOKS[arm]
+        ax.plot(grid, np.sin(run.b * grid), color="#bbbbbb", linewidth=1)
+        ax.plot(first["probe_x"], estimate, ".", markersize=3, color=colour)
+        ax.set(title=arm, xlabel="x at n", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
+    row[0].set_ylabel(f"sin({run.b:g}·x)")
+    caption = "dots: what a linear probe of layer 1 reads at position n; grey: the true sine; "
+    mg.save_figure(fig, out_dir / "precache_sine.png", caption + f"seed {run.seed}")
+
+
+def plot_sequence(found, models, out_dir):
+    """One sequence, position by position: what layer 1 carries, what each answer needs and gets."""
+    run = next(iter(found))
+    x, y = draw(run, 512, 50_000)
+    sines, n = torch.sin(run.b * x[..., 0]), np.arange(run.block_size)
+    fig, axes = mg.new_figure(1, 3, width=11, height=2, sharex=True)
+    (top,), (middle,), (low,) = axes
+    top.bar(n, x[0, :, 0], color="#999999")
+    middle.bar(n, sines[0], color="#dddddd", label="true")
+    low.bar(n, y[0], color="#dddddd", label="needed")
+    for arm, model in models.items():
+        colour, _, marker = mg.LOOKS[arm]
+        with torch.no_grad():
+            state = model.hidden_states(x)[1].double()  # (B, T, C)
+            answer, _ = model(x[:1])
+        read = fit_probe(state[1:].flatten(0, 1), sines[1:].flatten()[:, None].double())
+        middle.plot(n, read(state[0])[:, 0], marker, color=colour, label=f"read in {arm}")
+        low.plot(n, answer[0], marker, color=colour, label=arm)
+    top.set(title="One sequence: whose layer 1 carries the sine of its own x?", ylabel="x")
+    middle.set_ylabel(f"sin({run.b:g}·x)")
+    low.set(xlabel=f"position n; an answer is the sum of the {run.a} sines before it")
+    low.set_ylabel("answer")
+    for ax in (middle, low):
+        ax.legend(fontsize=7, ncols=3, loc="upper right")
+    caption = f"held out; p = {run.p:g}, seed {run.seed}"
+    mg.save_figure(fig, out_dir / "precache_sequence.png", caption)
+
+
+def plot_patch(found, out_dir):
+    """Cause and effect: how far answers move when layer 1's state at one position is exchanged."""
+    run = next(iter(found))
+    lines = {arm: per_seed(found, arm, "patch_slope") for arm in arms_of(found)}
+    lines["untrained"] = [r["patch_slope_untrained"] for r in found.values()]
+    fig, ((ax,),) = mg.new_figure(width=7, height=3.2)
+    draw_bars(ax, lines, xlabel="answers so many positions later", ylabel="move / due")
+    ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0)
+    ax.axhline(1, color="#999999", linewidth=0.8)
+    inside = np.mean([slope[1 : run.a + 1] for slope in lines[run.arm]])
+    ax.set_title(f"Exchange layer 1 at one position: {run.arm}'s answers move {inside:.2f} of due")
+    ax.legend(fontsize=7)
+    caption = "shaded: the answers that sum that sine; " + about(found)
+    mg.save_figure(fig, out_dir / "precache_patch.png", caption)
+
+
+def draw_table(ax, table, title):
+    """A table of gradients as a heat map; what is exactly zero stays white."""
+    top = table.max()
+    image = ax.imshow(np.where(table > 0, table / top, np.nan), norm=LogNorm(1e-4, 1))
+    ax.set(title=title, xlabel="position j", ylabel="loss at position i")
+    return image
+
+
+def plot_gradients(found, models, out_dir):
+    """Whom the gradient serves: one trained model, the backward passes of three arms."""
+    run, model = next(iter(found)), models["vanilla"]
+    x, y = draw(run, 256, 60_000)
+    fig, axes = mg.new_figure(3, 2, width=3.6, height=3.2)
+    for row, layer in zip(axes, (0, 1)):
+        for ax, arm in zip(row, ("vanilla", "horizon_4", "myopic")):
+            vars(model.config).update(mg.arm_fields(arm))  # every block shares this config
+            where = f"after layer {layer}" if layer else "embedding"
+            image = draw_table(ax, gradient_table(model, x, y, layer), f"{arm}, {where}")
+    vars(model.config).update(mg.arm_fields("vanilla"))
+    fig.colorbar(image, ax=axes, label="gradient of loss i by the state at j, of the largest")
+    caption = f"white: exactly zero; vanilla's weights, p = {run.p:g}, a = {run.a}, seed {run.seed}"
+    mg.save_figure(fig, out_dir / "precache_gradients.png", caption)
+
+
+def draw_lags(axes, stages, T):
+    """Signed shares by lag, a row for W_K and one for W_V, a column per layer.
+
+    stages: {"start": shares of every seed, "end": ...} as lag_shares gives them."""
+    lags = np.arange(T)
+    for row, matrix in enumerate(("W_K", "W_V")):
+        for layer, ax in enumerate(axes[row]):
+            for stage, style in (("start", ":"), ("end", "-")):
+                shares = np.array(stages[stage])[:, layer, row, 0]  # (seeds, T)
+                ax.plot(lags, shares.mean(0), style, color="#0072B2", label=f"at the {stage}")
+            counted = (T - lags) / (T * (T + 1) / 2)
+            ax.plot(lags, counted, "--", color="#999999", label="counting terms")
+            ax.set(title=f"{matrix}, layer {layer + 1}", xlabel="lag: reader − writer")
+    axes[0, 0].set_ylabel("share of the gradient")
+    axes[0, 0].legend(fontsize=7)
+
+
+def plot_lags(found, out_dir):
+    """Whom W_K and W_V serve by lag, and the two parts of the gradient while training."""
+    run = next(iter(found))
+    fig, axes = mg.new_figure(run.n_layer + 1, 2, width=4.2, height=3)
+    shares = per_seed(found, "vanilla", "lag_share")
+    stages = {stage: [share[stage] for share in shares] for stage in ("start", "end")}
+    draw_lags(axes[:, :-1], stages, run.block_size)
+    parts = np.array(per_seed(found, "vanilla", "gradient_parts")).mean(0)  # (points, 4)
+    steps, diagonal, rest, cosine = parts.T
+    axes[0, -1].plot(steps, diagonal, "--", color="#D55E00", label="diagonal: own losses")
+    axes[0, -1].plot(steps, rest, color="#0072B2", label="the rest: later losses")
+    axes[0, -1].set(title="Two parts of the gradient", yscale="log", ylabel="norm")
+    axes[0, -1].legend(fontsize=7)
+    axes[1, -1].plot(steps, cosine, color="k")
+    axes[1, -1].set(title="Do they agree?", ylabel="cosine", xlabel="training steps", ylim=(-1, 1))
+    caption = "vanilla; signed shares, they add up to 1; " + about(found)
+    mg.save_figure(fig, out_dir / "precache_lags.png", caption)
+
+
+def plot_text_gradients(out_dir):
+    """The same two pictures for the language model whose records are in this folder, if any."""
+    records = mg.read_records(out_dir / "text.jsonl", mg.TextRun)
+    runs = [run for run in records if run.arm == "vanilla" and run.tokens == "byte"]
+    paths = [mg.arrays_path(out_dir, run) for run in runs]
+    kept = [(run, np.load(path)) for run, path in zip(runs, paths) if path.exists()]
+    if not kept or "weights.lm_head.weight" not in kept[-1][1]:
         return
-    first, grid = next(iter(runs.values())), np.linspace(-2.5, 2.5, 400)
-    estimates = {**{arm: r["sine_estimate"] for arm, r in runs.items()},
-                 "untrained": first["sine_estimate_untrained"]}
-    fig, (row,) = mg.new_figure(len(estimates), width=2.7, height=2.6, sharey=True)
-    for ax, (arm, estimate) in zip(row, estimates.items()):
-        ax.plot(grid, np.sin(first["b"] * grid), color="#bbbbbb", linewidth=1)
-        colour, _, _ = mg.LOOKS.get(arm, mg.LOOKS["other"])
-        ax.plot(first["sine_x"], estimate, ".", markersize=3, color=colour)
-        ax.set(title=arm.replace("_", " "), xlabel="x at n", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
-    row[0].set_ylabel(f"sin({first['b']:g}·x)")
-    mg.save_figure(fig, out_dir / "precache_sine.png", "dots: what a linear probe of layer 1 at "
-                   f"position n reads; grey: the true sine; p = {p:g}, first seed")
+    run, arrays = kept[-1]
+    torch.manual_seed(run.seed)
+    model = mg.GPT(run.config(256))
+    ids = torch.tensor([[ord(letter) for letter in row] for row in arrays["tokens"]])
+    x, y = ids[:, :-1], ids[:, 1:]
+    start = lag_shares(model, x, y)
+    load_weights(model, arrays)
+    fig, axes = mg.new_figure(run.n_layer + 1, 2, width=4, height=3)
+    for ax, layer in zip(axes[:, -1], (0, 1)):
+        where = f"after layer {layer}" if layer else "embedding"
+        draw_table(ax, gradient_table(model, x, y, layer), f"vanilla, {where}")
+    draw_lags(axes[:, :-1], dict(start=[start], end=[lag_shares(model, x, y)]), x.size(1))
+    caption = f"English, {run.max_iters} steps, vanilla, seed {run.seed}; tables: white is zero"
+    mg.save_figure(fig, out_dir / "text_gradients.png", caption)
 
 
-def plot_by_p(records, out_dir):
+def variants(base, path):
+    """{what differs: record} of other recipes for the vanilla run `base` in the same file."""
+    others = {}
+    for run, record in mg.read_records(path, SineRun).items():
+        new = {f.name: getattr(run, f.name) for f in fields(run)}
+        differing = [name for name, value in new.items() if value != getattr(base, name)]
+        if differing and (run.arm, run.seed, run.p) == (base.arm, base.seed, base.p):
+            others[", ".join(f"{name} {new[name]}" for name in differing)] = record
+    return others
+
+
+def plot_trap(found, others, out_dir):
+    """Why the task is hard: a reader looks away from tokens whose sine is not ready yet."""
+    fig, ((left, right),) = mg.new_figure(2, width=5.6)
+    for ax, key in ((left, "attention_by_x"), (right, "probe_error_by_x")):
+        lines = {"vanilla": per_seed(found, "vanilla", key)}
+        lines |= {name: [record[key]] for name, record in others.items()}
+        mg.draw_lines(ax, EDGES + 0.25, lines, xlabel="|x| of the token, in bins of 0.5")
+    left.set_title("Attention of block 2 to a token in the window")
+    right.set_title("Squared error of the sine in layer 1")
+    mg.save_figure(fig, out_dir / "precache_trap.png", about(found))
+
+
+def draw_film(found, arrays, path):
+    """precache.gif: the probe's dots bend into the sine while vanilla trains, myopic's do not."""
+    run = next(iter(found))
+    shown = {arm: arrays[arm]["film"] for arm in ("vanilla", "myopic")}
+    curves = {arm: found[replace(run, arm=arm)]["curve"] for arm in shown}
+    grid = np.linspace(-2.5, 2.5, 400)
+    fig, axes = mg.new_figure(2, 2, width=3.4, height=2.2)
+    fig.set_dpi(80)
+
+    def frame(n):
+        step = curves["vanilla"][n][0]
+        b, _, _ = curriculum(run, step)
+        for (top, low), arm in zip(axes.T, shown):
+            colour, _, _ = mg.LOOKS[arm]
+            top.clear()
+            low.clear()
+            top.plot(grid, np.sin(b * grid), color="#bbbbbb", linewidth=1)
+            top.plot(*shown[arm][n], ".", markersize=2, color=colour)
+            top.set(title=f"{arm}: layer 1's sin({b:.1f}·x)", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
+            low.plot(*np.transpose(curves[arm]), color="#dddddd")
+            low.plot(*np.transpose(curves[arm][: n + 1]), color=colour)
+            low.axvline(step, color="#999999", linewidth=0.8)
+            low.set(xlabel="training steps", ylabel="loss / trivial", ylim=(0, 1.6))
+
+    frame(0)
+    fig.canvas.draw()
+    fig.set_layout_engine("none")  # laid out once, not for every frame
+    film = FuncAnimation(fig, frame, frames=len(shown["vanilla"]), init_func=fig.canvas.draw)
+    mg.write_whole(path, functools.partial(film.save, writer=PillowWriter(fps=4)))
+    print(f"film {path}")
+
+
+def plot_by_p(found, out_dir):
     """Huber loss over p for every arm against p, beside the paper's where the task agrees."""
-    ps, arms = sorted({r["p"] for r in records}), dict.fromkeys(r["arm"] for r in records)
-    arms = [arm for arm in arms if all(arm in by_arm(records, p) for p in ps)]
-    if len(ps) < 2:
-        return
+    ps = sorted({run.p for run in found})
     fig, ((ax,),) = mg.new_figure(width=5.5, height=3.8)
-    for arm in arms if same_task(records[0]) else []:
-        ax.plot(ps, [PAPER.get(p, {}).get(arm) for p in ps], "*", markersize=10,
-                markerfacecolor="none", color=mg.LOOKS.get(arm, mg.LOOKS["other"])[0])
-    loss = {(r["arm"], r["seed"], r["p"]): r["huber_over_p"] for r in records}
-    seeds = [s for s in {r["seed"] for r in records}
-             if all((a, s, p) in loss for a in arms for p in ps)]
-    lines = {a: {s: [loss[a, s, p] for p in ps] for s in seeds} for a in arms}
-    mg.draw_lines(ax, ps, lines if seeds else {}, xscale="log",
-                  yscale="log", xlabel="p: how often the answer needs the sines",
-                  ylabel="Huber loss / p", title="The cost of not planning ahead")
-    stars = "stars: the paper, one seed; " if same_task(records[0]) else ""
-    mg.save_figure(fig, out_dir / "precache_p.png", stars + seeds_text(records))
+    for arm in arms_of(found):
+        by_p = [
+            per_seed({r: v for r, v in found.items() if r.p == p}, arm, "huber_over_p") for p in ps
+        ]
+        fewest = min(map(len, by_p))
+        if fewest:
+            mg.draw_lines(ax, ps, {arm: np.transpose([runs[:fewest] for runs in by_p])})
+        if is_papers_task(next(iter(found))):
+            stars = [PAPER.get(p, {}).get(arm) for p in ps]
+            ax.plot(ps, stars, "*", markersize=10, markerfacecolor="none", color="k")
+    ax.set(xscale="log", yscale="log", xlabel="p: how often the answer needs the sines")
+    ax.set(ylabel="Huber loss / p", title="The cost of not planning ahead (stars: the paper)")
+    mg.save_figure(fig, out_dir / "precache_p.png", "")
 
 
-def same_task(record):
+def is_papers_task(run):
     """Is this the paper's task and model, so that its numbers may stand beside ours?"""
-    paper = dict(a=10, b=10.0, block_size=64, n_layer=2, n_head=2, n_embd=128)
-    return record["p"] in PAPER and all(record[k] == v for k, v in paper.items())
-
-
-def show_results(records):
-    """One table: every arm at every p, mean ± sd over seeds, beside the paper's for its task."""
-    rows, apart = [], any(r["p"] < 1 for r in records)
-    for p in sorted({r["p"] for r in records}):
-        for arm, runs in by_arm(records, p).items():
-            value = lambda key: mg.mean_sd([r[key] for r in runs], 3 if "huber" in key else 2)
-            probe = lambda key: mg.mean_sd([r[key][1][0] for r in runs])
-            paper = PAPER[p].get(arm, "-") if same_task(runs[0]) else (
-                f"other task (b = {runs[0]['b']:g})")
-            rows.append([f"{p:g}", arm, str(len(runs)), value("huber_over_p"), value("ratio"),
-                         probe("probe_r2"), probe("probe_r2_untrained"), str(paper)]
-                        + [value("huber_z1"), value("huber_z0")] * apart)
-    mg.print_table("Pre-caching", [
-        "p", "arm", "n", "Huber/p", "/ trivial", "probe R²", "untrained", "paper's Huber/p",
-        *["Huber, z=1", "Huber, z=0"] * apart], rows,
-        "mean ± sd over n seeds; probe: layer 1, lookback 0, held out; untrained: its control")
+    shape = (run.a, run.b, run.block_size, run.n_layer, run.n_head, run.n_embd)
+    return shape == (10, 10.0, 64, 2, 2, 128)
 
 
 # ------------------------ main
-def experiments(args):
-    for arm in args.arms:
-        if mg.arm_fields(arm)["past"] == "frozen":
-            raise mg.Refusal(f"arm {arm} is for text: leave it out here, or call myopic_gpt.py")
-    for name, value, high in [*(("p", p, 1) for p in args.p), ("b", args.b, math.inf),
-                              ("b_start", args.b_start, math.inf)]:
-        if not 0 < value <= high:
-            raise mg.Refusal(f"{name} is {value}: give a number above 0 and at most {high}")
-    if args.a >= args.block_size:
-        raise mg.Refusal(f"a is {args.a}: make it less than block_size, {args.block_size}")
-    mg.GPTConfig(args.block_size, 1, args.n_layer, args.n_head, args.n_embd)  # refuses bad shapes
-    shared = {k: getattr(args, k) for k in (
-        "a", "b", "b_start", "block_size", "n_layer", "n_head", "n_embd", "embd_std", "wave_std",
-        "batch_size", "gradient_accumulation_steps", "max_iters", "learning_rate", "dtype",
-        "compile", "eval_sequences")}
-    wanted = [dict(task="precache", arm=arm, p=p, seed=seed, **shared)
-              for seed in range(args.seed, args.seed + args.seeds)
-              for p in dict.fromkeys(args.p) for arm in args.arms]
-    records = mg.run_experiments(
-        args.out_dir / "synthetic.json", wanted, ("arm", "seed", "p"),
-        lambda s: run_precache(s, args.device, pictures=s["seed"] == args.seed), args)
-    for plot in (plot_evidence, plot_probes, plot_neurons, plot_sine, plot_by_p):
-        plot(records, args.out_dir)
-    show_results(records)
+def report(found, args):
+    """The figures of the largest p, and the tables."""
+    p_shown = max(run.p for run in found)
+    shown = {run: record for run, record in found.items() if run.p == p_shown}
+    first = {run: record for run, record in shown.items() if run.seed == args.seed}
+    vanilla = next((run for run in first if run.arm == "vanilla"), None)
+    arrays, models = {}, {}
+    for run in first:
+        path = mg.arrays_path(args.out_dir, run)
+        if path.exists():
+            arrays[run.arm] = np.load(path)
+            models[run.arm] = load_weights(make_model(run), arrays[run.arm])
+    plot_evidence(shown, args.out_dir)
+    plot_patch(shown, args.out_dir)
+    if vanilla is not None:
+        others = variants(vanilla, args.out_dir / "synthetic.jsonl")
+        plot_trap(shown, others, args.out_dir)
+        plot_lags(shown, args.out_dir)
+        if others:
+            rows = [[name, *recipe_numbers(r)] for name, r in others.items()]
+            rows.insert(0, ["this recipe", *recipe_numbers(first[vanilla])])
+            header = ["differs in", "/ trivial", "probe R²", "patch slope"]
+            mg.print_table("Other recipes, vanilla, first seed", header, rows, "")
+    if {"vanilla", "myopic"} <= arrays.keys():
+        plot_sine(first, arrays, args.out_dir)
+        plot_sequence(first, models, args.out_dir)
+        plot_gradients(first, models, args.out_dir)
+        draw_film(first, arrays, args.out_dir / "precache.gif")
+    plot_text_gradients(args.out_dir)
+    if len({run.p for run in found}) > 2:
+        plot_by_p(found, args.out_dir)
+    rows = []
+    for p in sorted({run.p for run in found}):
+        for arm in arms_of(found):
+            records = [r for run, r in found.items() if (run.p, run.arm) == (p, arm)]
+            columns = zip(*(main_numbers(record) for record in records))
+            paper = PAPER.get(p, {}).get(arm, "-") if is_papers_task(args.run) else "other task"
+            rows.append([f"{p:g}", arm, *map(mg.mean_sd, columns), str(paper)])
+    header = ["p", "arm", "Huber/p", "/ trivial", "probe R²", "untrained", "patch slope", "paper"]
+    caption = "mean ± standard deviation over seeds; probe: layer 1, its own sine, held out"
+    mg.print_table("Pre-caching", header, rows, caption)
+
+
+def main_numbers(record):
+    """Huber / p, its share of the trivial predictor's, probe, its control, mean slope inside."""
+    inside = record["patch_slope"][1 : record["a"] + 1]
+    probes = [record[key][1][0] for key in ("probe_r2", "probe_r2_untrained")]
+    return record["huber_over_p"], record["ratio"], *probes, np.mean(inside)
+
+
+def recipe_numbers(record):
+    _, ratio, probe, _, slope = main_numbers(record)
+    return [f"{value:.3f}" for value in (ratio, probe, slope)]
+
+
+def load_weights(model, arrays):
+    """Put the weights that a run's arrays hold into a model of its shape -> the model."""
+    names = model.state_dict().keys()
+    model.load_state_dict({n: torch.from_numpy(arrays[f"weights.{n}"]).float() for n in names})
+    return model.eval()
+
+
+def flags(argv=None):
+    """argv -> args."""
+    p = dict(nargs="+", type=float, metavar="P", help="how often the answer needs the sines")
+    return mg.parse_flags(__file__, __doc__, PRESETS, argv, [("--p", p)])
 
 
 def main(argv=None):
     """Train what is not recorded yet, draw the figures, print the table."""
-    mg.run_command(__doc__, PRESETS, {
-        "--task": dict(nargs="+", choices=["precache"], help="what to train on"),
-        "--p": dict(type=float, nargs="+", metavar="P", help="how often the sines are asked for"),
-        "--a": dict(type=int, metavar="N", help="how many sines are summed"),
-        "--b": dict(type=float, metavar="X", help="frequency of the sine"),
-        "--b_start": dict(type=float, metavar="X", help="frequency that training begins with"),
-        "--embd_std": dict(type=float, metavar="X", help="scale of the embedding at the start"),
-        "--wave_std": dict(type=float, metavar="X", help="scale of positions as waves; 0: random"),
-    }, argv, experiments)
+    with mg.exit_status(__file__):
+        args = flags(argv)
+        runs = [
+            replace(args.run, seed=seed, p=p, arm=arm)
+            for seed in range(args.seed, args.seed + args.seeds)
+            for p in args.p
+            for arm in args.arms
+        ]
+        path = args.out_dir / "synthetic.jsonl"
+        report(mg.train_missing(runs, train_sine, "ratio", path, args), args)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,42 @@
-"""The tests: offline, on the CPU, in seconds.   python -m pytest -q
+"""The tests: offline, on the CPU and whatever accelerator is present.   python -m pytest -q
+
 The hand-written backward is held against the definition executed literally: literal_gradient."""
+
 import functools
+import inspect
+import io
 import itertools
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from pytest import mark
 
 import myopic_gpt as mg
 import synthetic
 
-torch.set_num_threads(1)    # the tensors here are tiny: more threads would only wait for each other
+torch.set_num_threads(1)  # the tensors here are tiny: more threads would only wait for each other
+TYPES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}  # and their tolerance
+DEVICES = list(itertools.product(["cpu"], TYPES))
+DEVICES += [(d, torch.float32) for d in ("cuda", "mps") if getattr(torch, d).is_available()]
 
 
 def relative_error(a, b):
     """|a - b| / |b|, or |a| where b is zero."""
-    return ((a.double() - b.double()).norm() / (b.double().norm() or 1)).item()
+    a, b = a.cpu().double(), b.cpu().double()
+    return ((a - b).norm() / (b.norm() or 1)).item()
 
 
 def assert_agree(got, true, tolerance=1e-10):
@@ -34,13 +46,13 @@ def assert_agree(got, true, tolerance=1e-10):
         assert relative_error(got[name], true[name]) <= tolerance, name
 
 
-def make_gpt(dtype=torch.float64, **fields):
+def make_gpt(dtype=torch.float64, teacher=None, **settings):
     """A small GPT with all parameters random, so that no gradient is zero by accident."""
-    torch.manual_seed(0)
-    fields = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12) | fields
-    model = mg.GPT(mg.GPTConfig(**fields)).to(dtype)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
+    torch.manual_seed(0 if teacher is None else 1)
+    settings = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12) | settings
+    model = mg.GPT(mg.GPTConfig(**settings), teacher).to(dtype)
+    for p in trained(model).values():
+        torch.nn.init.normal_(p, std=0.3)
     return model
 
 
@@ -49,85 +61,86 @@ def batch(T, B=2):
     return torch.randint(11, (2, B, T), generator=torch.Generator().manual_seed(1))
 
 
+def trained(model):
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
 def gradients(model, idx, targets):
     """{name: gradient of the loss}"""
-    model.zero_grad(set_to_none=True)
-    model(idx, targets)[1].backward()
-    return {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()}
+    parameters = trained(model)
+    grads = torch.autograd.grad(model(idx, targets)[1], list(parameters.values()))
+    return dict(zip(parameters, grads))
 
 
 # ------------------------ the definition, literally
-def literal_gradient(model, idx, targets, which, owner):
-    """The gradient of the mean loss by the definition: position j computes with its copy theta_j.
+def literal_gradient(model, idx, targets, which, owner, frozen=None):
+    """The gradient of the mean loss by the definition: every position has its copy of all weights.
 
     which: "all" sums d loss_i / d theta_j over every i, j; "diagonal" over i = j only. owner: whose
-    copy of W_K, W_V makes the key of writer j for reader i: the "reader"'s or the "writer"'s. One
-    position at a time; nothing of the model is used but its weights."""
-    c, (B, T) = model.config, idx.shape
-    C, hs = c.n_embd, c.n_embd // c.n_head
-    theta = [{n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-             for _ in range(T)]
-    norm = lambda x, P, name: F.layer_norm(x, (C,), P[name + ".weight"], P.get(name + ".bias"))
-    linear = lambda x, P, name: F.linear(x, P[name + ".weight"], P.get(name + ".bias"))
-    qkv = lambda x, P: linear(x, P, h + "attn.c_attn").view(B, 3, c.n_head, hs).unbind(1)
-    x = [P["transformer.wte.weight"][idx[:, j]] + P["transformer.wpe.weight"][j]
-         for j, P in enumerate(theta)]
-    for l in range(c.n_layer):
-        h = f"transformer.h.{l}."
-        normed = [norm(x[j], P, h + "ln_1") for j, P in enumerate(theta)]
-        for i, P in enumerate(theta):
-            q, _, _ = qkv(normed[i], P)
-            _, keys, values = zip(*(qkv(normed[j], P if owner == "reader" else theta[j])
-                                    for j in range(i + 1)))
-            score = torch.stack([(q * k).sum(-1) for k in keys]) / math.sqrt(hs)    # (i+1, B, nh)
-            weight = score.exp() / score.exp().sum(0)
-            mixed = sum(w[..., None] * v for w, v in zip(weight, values)).flatten(1)        # (B, C)
-            y = x[i] + linear(mixed, P, h + "attn.c_proj")
-            inner = F.gelu(linear(norm(y, P, h + "ln_2"), P, h + "mlp.c_fc"))
-            x[i] = y + linear(inner, P, h + "mlp.c_proj")
-    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    for i, P in enumerate(theta):
-        logits = norm(x[i], P, "transformer.ln_f") @ P["transformer.wte.weight"].T
-        loss = -logits.log_softmax(-1)[torch.arange(B), targets[:, i]].sum() / (B * T)
-        for j in (range(i + 1) if which == "all" else [i]):
-            grads = torch.autograd.grad(loss, [*theta[j].values()], retain_graph=True,
-                                        materialize_grads=True)
-            for n, g in zip(theta[j], grads):
-                total[n] += g
+    copy of W_K, W_V makes the key of writer j for reader i: the "reader"'s or the "writer"'s.
+    frozen: per layer (B, T, C), what the past's ln_1 gave. Only the model's weights are used."""
+    c, T, theta = model.config, idx.size(1), {}  # theta: (T, *shape), a copy per position
+    for name, p in trained(model).items():
+        copies = p.detach().expand(T, *p.shape).clone().requires_grad_()
+        theta[name.removeprefix("transformer.")] = copies
+
+    def norm(x, name):
+        return F.layer_norm(x, (c.n_embd,)) * theta[name + ".weight"] + theta.get(name + ".bias", 0)
+
+    def linear(x, name, axes="btc,tdc->btd"):
+        bias = theta.get(name + ".bias", torch.zeros(T, 1))  # (T, d)
+        y = torch.einsum(axes, x, theta[name + ".weight"])
+        return y + (bias[:, None] if axes == "bijc,idc->bijd" else bias)
+
+    place = torch.arange(T)
+    x = theta["wte.weight"][place, idx] + theta["wpe.weight"][place, place]  # (B, T, C)
+    for h in (f"h.{layer}." for layer in range(c.n_layer)):
+        own = norm(x, h + "ln_1")
+        past = own if frozen is None else frozen[int(h[2])]
+        read = torch.where(place[:, None, None] == place[:, None], own[:, None], past[:, None])
+        axes = "bijc,idc->bijd" if owner == "reader" else "bijc,jdc->bijd"  # reader i, writer j
+        q, k, v = linear(read, h + "attn.c_attn", axes).unflatten(-1, (3, c.n_head, -1)).unbind(3)
+        score = torch.einsum("biihd,bijhd->bijh", q, k) / math.sqrt(q.size(-1))
+        future = (place > place[:, None])[..., None]  # (i, j, 1)
+        weight = score.masked_fill(future, -math.inf).softmax(2)
+        mixed = torch.einsum("bijh,bijhd->bihd", weight, v).flatten(2)  # (B, T, C)
+        x = x + linear(mixed, h + "attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, h + "ln_2"), h + "mlp.c_fc")), h + "mlp.c_proj")
+    logits = torch.einsum("btc,tvc->bvt", norm(x, "ln_f"), theta["wte.weight"])
+    losses = F.cross_entropy(logits, targets, reduction="none").mean(0) / T  # (T,)
+    total = {n: torch.zeros_like(p) for n, p in trained(model).items()}
+    for i in range(T):
+        grads = torch.autograd.grad(losses[i], list(theta.values()), retain_graph=True)
+        for name, g in zip(total, grads):
+            total[name] += g.sum(0) if which == "all" else g[i]
     return total
 
 
-@mark.parametrize("layers", [1, 2, 3])
-@mark.parametrize("heads", [1, 2, 3])
-@mark.parametrize("bias, T", [(True, 1), (False, 2), (True, 3), (False, 5)])
-@mark.parametrize("arm, which, owner", [
-    ("vanilla", "all", "writer"), ("vanilla", "all", "reader"),     # all: the owner does not matter
-    ("myopic", "diagonal", "reader"), ("myopic_kv", "diagonal", "writer")])
-def test_gradient_is_the_definition(layers, heads, bias, T, arm, which, owner):
-    model = make_gpt(n_layer=layers, n_head=heads, bias=bias, **mg.ARMS[arm])
-    assert_agree(gradients(model, *batch(T)), literal_gradient(model, *batch(T), which, owner))
+ALL = [("vanilla", "all", "writer"), ("vanilla", "all", "reader")]  # the owner does not matter
+DIAGONAL = [("myopic", "diagonal", "reader"), ("myopic_kv", "diagonal", "writer")]
+SHAPES = [(1, 1, True, 1), (1, 3, False, 5), (2, 2, True, 3), (2, 1, False, 4), (3, 3, False, 2)]
 
 
-def test_the_three_arms_differ():       # or the comparison above would be empty
-    models = [make_gpt(**mg.ARMS[arm]) for arm in ("vanilla", "myopic", "myopic_kv")]
-    grads = [gradients(m, *batch(5))["transformer.h.0.attn.c_attn.weight"] for m in models]
-    assert all(relative_error(a, b) > 0.05 for a, b in itertools.combinations(grads, 2))
-
-
-@mark.parametrize("arm", ["vanilla", "myopic", "myopic_kv"])
-def test_float32_gradient(arm):
-    single, exact = (make_gpt(dtype, **mg.ARMS[arm]) for dtype in (torch.float32, torch.float64))
-    exact.load_state_dict(single.state_dict())                  # the same rounded weights
-    assert_agree(gradients(single, *batch(7)), gradients(exact, *batch(7)), 1e-4)
+@mark.parametrize("n_layer, n_head, bias, T", [*SHAPES, (3, 2, True, 5)])
+@mark.parametrize("arm, which, owner", ALL + DIAGONAL)
+def test_gradient_is_the_definition(n_layer, n_head, bias, T, arm, which, owner):
+    model = make_gpt(n_layer=n_layer, n_head=n_head, bias=bias, **mg.ARMS[arm])
+    true = literal_gradient(model, *batch(T), which, owner)
+    assert_agree(gradients(model, *batch(T)), true)
+    if n_head == 1:
+        model.compile(backend="aot_eager", fullgraph=True)
+        assert_agree(gradients(model, *batch(T)), true)
 
 
 # ------------------------ the attention function
-def attention_inputs(T, C=12, bias=True, dtype=torch.float64):
-    """x, w, b (leaves that require gradients) and a random dy."""
-    g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-    leaves = [draw(2, T, C), draw(3 * C, C), draw(3 * C) if bias else None]
-    return [None if t is None else t.requires_grad_() for t in leaves], draw(2, T, C)
+def attention_inputs(T, bias=True, dtype=torch.float64, device="cpu", C=24):
+    """[x, w, b] (strided leaves that require gradients) and a random dy."""
+    torch.manual_seed(0)
+    shapes = [(2, T, C, 2), (3 * C, C, 2), (3 * C, 2), (2, T, C, 2)]
+    buffers = [(torch.randn(shape).double() / 3).to(device, dtype) for shape in shapes]
+    x, w, b, dy = (buffer[..., 0] for buffer in buffers)
+    leaves = [x.requires_grad_(), w.requires_grad_(), b.requires_grad_()]
+    return leaves if bias else [*leaves[:2], None], dy
 
 
 def attention_gradients(f, leaves, dy, *settings):
@@ -143,508 +156,446 @@ def oracle(x, w, b, n_head, horizon, cut):
     k_past, v_past = k.detach(), v.detach()
     if cut == "hidden":
         _, k_past, v_past = mg.split_heads(F.linear(x.detach(), w, b), n_head)
-    if horizon == 0:
-        return mg.merge_heads(mg.two_stream_attention(q, k, v, k_past, v_past))
-    lag = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))                        # (T, T)
-    S = torch.where(lag <= horizon, q @ k.transpose(-2, -1), q @ k_past.transpose(-2, -1))
-    A = (S / math.sqrt(q.size(-1))).masked_fill(lag < 0, -math.inf).softmax(-1)
-    near = A * (lag <= horizon)
-    return mg.merge_heads(near @ v + (A - near) @ v_past)
+    place = torch.arange(x.size(1))
+    lag = place[:, None] - place  # (T, T)
+    is_near = lag <= (x.size(1) if horizon is None else horizon)
+    S = torch.where(is_near, q @ k.mT, q @ k_past.mT) / math.sqrt(q.size(-1))
+    A = S.masked_fill(lag < 0, -math.inf).softmax(-1)
+    return mg.merge_heads((A * is_near) @ v + (A * ~is_near) @ v_past)
 
 
-@mark.parametrize("T", [1, 2, 7])
-@mark.parametrize("bias", [True, False])
-@mark.parametrize("cut", ["hidden", "kv"])
-@mark.parametrize("horizon", [0, 1, 2, 5, 6, 100])
-def test_horizon_against_two_streams(T, bias, cut, horizon):
-    inputs = attention_inputs(T, bias=bias)
-    got = attention_gradients(mg.myopic_attention, *inputs, 3, horizon, cut)
-    assert_agree(got, attention_gradients(oracle, *inputs, 3, horizon, cut))
-    if horizon >= T - 1:
-        assert_agree(got, attention_gradients(mg.myopic_attention, *inputs, 3, None, cut))
+CUTS = [(None, "hidden"), (0, "hidden"), (0, "kv"), (1, "kv"), (2, "hidden"), (40, "kv")]
 
 
-@mark.parametrize("cut, horizon", [("hidden", None), ("hidden", 0), ("kv", 0), ("hidden", 3)])
-def test_fused_against_plain(monkeypatch, cut, horizon):
-    assert mg.fused_serves("cpu", torch.float64, 4), "it should run in this version of torch"
-    inputs = attention_inputs(33)
-    names = ("plain_forward", "plain_backward", "fused_forward", "fused_backward")
-    for name in names:
+@mark.parametrize("device, dtype", DEVICES)
+@mark.parametrize("T", [1, 33, 64])
+@mark.parametrize("horizon, cut", CUTS)
+def test_attention_is_its_oracle(monkeypatch, device, dtype, T, horizon, cut):
+    leaves, dy = attention_inputs(T, T != 33, dtype, device)
+    exact = [None if t is None else t.detach().cpu().double().requires_grad_() for t in leaves]
+    true = attention_gradients(oracle, exact, dy.cpu().double(), 3, horizon, cut)
+    for name in ["fused_backward"] * mg.try_fused(device, dtype, 8) + ["plain_backward"]:
         monkeypatch.setattr(mg, name, Mock(wraps=getattr(mg, name)))
-    calls = lambda: [getattr(mg, name).call_count for name in names]
-    fused = attention_gradients(mg.myopic_attention, *inputs, 3, horizon, cut)
-    assert calls() == [0, 0, 1, 1]
-    monkeypatch.setattr(mg, "fused_serves", lambda *_: False)
-    plain = attention_gradients(mg.myopic_attention, *inputs, 3, horizon, cut)
-    assert calls() == [1, 1, 1, 1]
-    assert_agree(fused, plain)
+        got = attention_gradients(mg.myopic_attention, leaves, dy, 3, horizon, cut)
+        assert_agree(got, true, TYPES[dtype])
+        assert getattr(mg, name).call_count == 1
+        monkeypatch.setattr(mg, "try_fused", Mock(return_value=False))
 
 
-@mark.parametrize("fused_forward", [
-    Mock(side_effect=RuntimeError("No available kernel")),      # it is missing
-    lambda q, k, v: (v * 2, q[..., 0])])                        # it gives something else
-def test_plain_serves_if_fused_fails(monkeypatch, capsys, fused_forward):
-    monkeypatch.setattr(mg, "fused_forward", fused_forward)
-    monkeypatch.setattr(mg, "try_fused", functools.cache(mg.try_fused.__wrapped__))   # as if new
+WRONG = [
+    ("fused_forward", Mock(side_effect=RuntimeError("No available kernel"))),
+    ("fused_forward", lambda *t: [mg.plain_forward(*t)[0], mg.plain_forward(*t)[1] + 0.01]),
+    ("fused_backward", lambda *t: [d * c for d, c in zip(mg.plain_backward(*t), (0.9, 0.9, 1))]),
+]
+
+
+@mark.parametrize("name, kernel", WRONG)
+def test_plain_serves_if_fused_fails(monkeypatch, capsys, name, kernel):
+    assert all(mg.try_fused("cpu", dtype, 8) for dtype in TYPES)
+    monkeypatch.setattr(mg, name, kernel)
+    monkeypatch.setattr(mg, "try_fused", functools.cache(mg.try_fused.__wrapped__))  # as if new
     inputs = attention_inputs(5)
-    for _ in range(2):
-        got = attention_gradients(mg.myopic_attention, *inputs, 3)
-        assert_agree(got, attention_gradients(oracle, *inputs, 3, 0, "hidden"))
-    assert capsys.readouterr().out.count("plain matrix products serve") == 1
+    got = [attention_gradients(mg.myopic_attention, *inputs, 3) for _ in range(2)]
+    assert_agree(got[1], attention_gradients(oracle, *inputs, 3, 0, "hidden"))
+    assert capsys.readouterr().out.count("plain products serve") == 1
 
 
-@mark.parametrize("fused", [True, False])
-@mark.parametrize("cut, horizon", [("hidden", None), ("hidden", 0), ("kv", 2)])
-def test_bfloat16(monkeypatch, fused, cut, horizon):
-    monkeypatch.setattr(mg, "fused_serves", lambda *_: fused)
-    leaves, dy = attention_inputs(64, C=32, dtype=torch.bfloat16)
-    leaves[1].data.mul_(0.2)
-    single = [t.detach().float().requires_grad_() for t in leaves]
-    true = attention_gradients(mg.myopic_attention, single, dy.float(), 2, horizon, cut)
-    low = attention_gradients(mg.myopic_attention, leaves, dy, 2, horizon, cut)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = attention_gradients(mg.myopic_attention, single, dy, 2, horizon, cut)
-    assert_agree(low, true, 2e-2)
-    assert_agree(cast, true, 2e-2)
-    assert low["y"].dtype == cast["y"].dtype == torch.bfloat16 and cast["dx"].dtype == torch.float32
+def test_plain_products_upcast_before_they_multiply():
+    *low, G = torch.randn(4, 2, 3, 16, 8).bfloat16()
+    out, lse = mg.plain_forward(*low)
+    wide = [t.float() for t in (G, *low, out)]
+    true = [*mg.plain_forward(*wide[1:4]), *mg.plain_backward(*wide, lse)]
+    got = [out, lse, *mg.plain_backward(G, *low, out, lse)]
+    assert all(torch.equal(g, t.to(g.dtype)) for g, t in zip(got, true))
 
 
-@mark.parametrize("attention, quadratic", [
-    (mg.myopic_attention, False), (oracle, True)])      # the textbook way: the check can fail
-def test_no_saved_tensor_has_two_T_axes(attention, quadratic):
-    assert mg.fused_serves("cpu", torch.float64, 4)
-    T, shapes, ((x, w, b), _) = 37, [], attention_inputs(37)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape), lambda _: None):
-        attention(x, w, b, 3, 0, "hidden")
-    assert shapes and any(shape.count(T) > 1 for shape in shapes) == quadratic
+def test_nothing_is_mutated_copied_or_differentiated_twice():
+    leaves, dy = attention_inputs(9)
+    y = mg.myopic_attention(*leaves, 3)
+    assert all(t.shape.count(9) < 2 for t in y.grad_fn.saved_tensors)  # no (T, T) matrix is kept
+    tensors = [*y.grad_fn.saved_tensors, *leaves, dy]
+    copies = [t.detach().clone() for t in tensors]
+    torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies))
+    out, _ = mg.fused_forward(*mg.split_heads(tensors[2], 3))
+    assert mg.merge_heads(out).data_ptr() == out.data_ptr()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), leaves, create_graph=True)
 
 
-def test_bad_arguments_and_second_derivatives_are_refused():
-    leaves, _ = attention_inputs(4)
-    for settings in ((5,), (0,), (3, -1), (3, 0, "both")):
-        with pytest.raises(mg.Refusal):
-            mg.myopic_attention(*leaves, *settings)
-    for loss in (lambda y: y.sum(), lambda y: y.square().sum()):
-        with pytest.raises(RuntimeError, match="second derivative"):
-            torch.autograd.grad(loss(mg.myopic_attention(*leaves, 3)), leaves, create_graph=True)
-
-
-@mark.parametrize("arm", ["vanilla", "myopic", "myopic_kv", "horizon_2", "bigram"])
-def test_compiled_gradient_is_the_eager_one(arm):
-    model = make_gpt(n_layer=1, **mg.arm_fields(arm))
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_agree(gradients(compiled, *batch(6)), gradients(model, *batch(6)), 1e-12)
-
-
-def test_one_line_makes_nanogpt_myopic():
-    """nanoGPT's attention, up to c_proj, as it is and with the one-line edit of the README."""
-    torch.manual_seed(0)
-    c_attn, x = nn.Linear(12, 36).double(), torch.randn(2, 6, 12).double().requires_grad_()
+# ------------------------ facts about the idea
+def test_nanogpt_weights_load_and_one_line_makes_its_attention_myopic():
+    layers = {"ln_f": (12,), "h.0.ln_1": (12,), "h.0.ln_2": (12,), "h.0.attn.c_attn": (36, 12)}
+    layers |= {"h.0.attn.c_proj": (12, 12), "h.0.mlp.c_fc": (48, 12), "h.0.mlp.c_proj": (12, 48)}
+    state = {f"transformer.{n}.bias": torch.zeros(shape[0]) for n, shape in layers.items()}
+    layers |= {"wte": (11, 12), "wpe": (8, 12)}
+    state |= {f"transformer.{n}.weight": torch.randn(shape) for n, shape in layers.items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    model, x = make_gpt(n_layer=1, n_head=3), torch.randn(2, 6, 12).double().requires_grad_()
+    model.load_state_dict(state, strict=True)
+    c_attn = model.transformer.h[0].attn.c_attn
     q, k, v = (t.view(2, 6, 3, 4).transpose(1, 2) for t in c_attn(x).split(12, dim=2))
     usual = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
     myopic = mg.myopic_attention(x, c_attn.weight, c_attn.bias, 3)
     assert relative_error(myopic, usual) < 1e-12
-    for y, hear in ((usual, [0, 1, 2, 3, 4]), (myopic, [4])):
-        dx, = torch.autograd.grad(y[:, 4].sum(), x)
-        assert [j for j in range(6) if dx[:, j].norm() > 0] == hear
+    for y, writers in ((usual, 5), (myopic, 1)):
+        (dx,) = torch.autograd.grad(y[:, 4].sum(), x)
+        assert (dx.norm(dim=(0, 2)) > 0).sum() == writers
 
 
-# ------------------------ facts about the idea
-@mark.parametrize("arm, leaks", [("vanilla", True), ("myopic", False), ("myopic_kv", False)])
-def test_no_loss_leaks_into_the_past(arm, leaks):
-    model, (idx, targets) = make_gpt(n_layer=3, **mg.ARMS[arm]), batch(7, B=1)
-    F.cross_entropy(model(idx)[0][:, 4], targets[:, 4]).backward()
-    heard = model.transformer.wpe.weight.grad.norm(dim=1)                       # per position
-    assert heard[4] > 0 and (heard[5:] == 0).all()
-    assert (heard[:4] > 0).all() if leaks else (heard[:4] == 0).all()
+def test_bigram_and_local_myopic():
+    teacher, (idx, targets), other = make_gpt(), batch(6), batch(6)[0]
+    other[:, :4] = (idx[:, :4] + 1) % 11
+    bigram = make_gpt(**mg.ARMS["bigram"])
+    assert torch.equal(bigram(idx)[0][:, 4:], bigram(other)[0][:, 4:])
+    local = make_gpt(teacher=teacher, **mg.ARMS["local_myopic"])
+    states, before = teacher.hidden_states(idx), local(idx)[0][:, 4:]
+    frozen = [block.ln_1(x) for block, x in zip(teacher.transformer.h, states)]
+    true = literal_gradient(local, idx, targets, "all", "reader", frozen)
+    assert_agree(gradients(local, idx, targets), true)
+    assert relative_error(local(other)[0][:, 4:], before) > 0.01
+    teacher.hidden_states = Mock(return_value=states)
+    assert torch.equal(local(other)[0][:, 4:], before)  # the past is seen through the teacher alone
 
 
-def test_attention_to_oneself_alone_is_a_linear_layer():
-    (x, w, b), _ = attention_inputs(6)
-    alone = mg.myopic_attention(x.reshape(-1, 1, 12), w, b, 3).reshape(2, 6, 12)
-    assert relative_error(alone, F.linear(x, w[24:], b[24:])) < 1e-12
+# ------------------------ training and text
+@mark.parametrize("muon, n", [("", 4), (".h.", 4), ("attn", 2), ("none", 0)])
+def test_every_parameter_has_one_optimizer_and_one_decay(muon, n):
+    model = make_gpt(n_layer=1, past="frozen", teacher=make_gpt())
+    found, names = [], {id(p): n for n, p in model.named_parameters()}
+    for optimizer in model.configure_optimizers(mg.Run(muon=muon, muon_decay=0.3)).parts:
+        for group in optimizer.param_groups:
+            found += [(names[id(p)], group["weight_decay"]) for p in group["params"]]
+    true = {name: 0.1 * (p.dim() > 1) for name, p in trained(model).items()}  # AdamW
+    matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    true |= {f"transformer.h.0.{matrix}.weight": 0.3 for matrix in matrices[:n]}  # Muon
+    assert dict(found) == true and len(found) == len(true)
 
 
-@mark.parametrize("route", ["plain", "fused"])
-def test_vanilla_keys_hear_every_reader_from_themselves_on(route):
-    forward, backward = getattr(mg, route + "_forward"), getattr(mg, route + "_backward")
-    g = torch.Generator().manual_seed(0)
-    q, k, v, G = torch.randn(4, 1, 2, 6, 4, generator=g, dtype=torch.float64)
-    out, lse = forward(q, k, v)
-    for i, j in itertools.product(range(6), range(6)):
-        only_i = G * (torch.arange(6) == i)[:, None]
-        _, dk, dv = backward(only_i, q, k, v, out, lse)
-        assert (dv[:, :, j].norm() > 1e-9) == (j <= i)
-        assert (dk[:, :, j].norm() > 1e-9) == (j <= i and i > 0)        # reader 0 has no choice
+def test_rates_and_start_values():
+    run = mg.Run(max_iters=4, warmup=0.5, decay_from=0.5, learning_rate=0.2, muon_rate=0.4)
+    model, seen = make_gpt(torch.float32), []
+    optimizer = model.configure_optimizers(run)
+
+    def after_step(step):
+        assert model.training
+        model.eval()
+        seen.extend(group["lr"] for group in optimizer.param_groups)
+
+    mg.train(model, optimizer, lambda step: batch(6), run, Mock(), after_step)
+    assert seen == pytest.approx([0.1, 0.1, 0.2] + 2 * [0.2, 0.2, 0.4] + [0.1, 0.1, 0.2])
+    for name, p in mg.GPT(mg.GPTConfig(64, 200, 8, 2, 128)).named_parameters():
+        std = 0.005 if name.endswith("c_proj.weight") else 0.02 * (p.dim() == 2)
+        assert p.std().item() == pytest.approx(std, rel=0.1), name
+        assert p.dim() == 2 or p[0] == (not name.endswith("bias")), name
 
 
-# ------------------------ the synthetic task
-def test_sample_batch_is_the_definition():
+@mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns_and_stops_at_a_loss_that_is_not_finite(dtype):
+    model, run = mg.GPT(mg.GPTConfig(8, 11, 2, 2, 16, horizon=0)), mg.Run(max_iters=30, dtype=dtype)
+    x, y = torch.arange(8).repeat(4, 1), torch.arange(1, 9).repeat(4, 1)
+    optimizer, before = model.configure_optimizers(run), model(x, y)[1].item()
+    mg.train(model, optimizer, lambda step: (x, y), run, Mock())
+    assert model(x, y)[1].item() < 0.5 * before
+    torch.nn.init.constant_(model.lm_head.weight, math.inf)
+    with pytest.raises(mg.UsageError, match="loss is nan at step 10 .*--learning_rate"):
+        mg.train(model, optimizer, lambda step: (x, y), run, Mock())
+
+
+def test_text_is_split_and_evaluated_without_dropout(tmp_path, monkeypatch):
+    file = tmp_path / "words.txt"
+    file.write_text("the cat, the dog. " * 18 + "the emu, the cät.", encoding="utf-8")
+    train, held_out, vocabulary = mg.load_text([file, file], "word", 5)
+    assert vocabulary[:2] == ["<unk>", "the"] and len(vocabulary) == 5
+    assert held_out[[0, -1]].tolist() == [0, 3] and (train == 1).sum() == 68
+    monkeypatch.setattr(mg, "python_documents", Mock(return_value=list("abcdefghijkl")))
+    train, held_out = (bytes(part.tolist()) for part in mg.load_text([], "byte", 256)[:2])
+    assert (train.replace(b"\n\n", b""), held_out) == (b"bcdefghijl", b"a\n\nk")
+    model, run = make_gpt(dropout=0.5).train(), mg.TextRun(block_size=8, eval_windows=5)
+    (first, y), (second, _) = (mg.token_losses(model, torch.arange(100) % 11, run) for _ in "ab")
+    assert torch.equal(first, second) and first.shape == (5, 8)
+    assert y[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and y[-1, -1] == 99 % 11
+
+
+# ------------------------ records
+WRITER = f"""
+import json, os, pathlib, sys
+{inspect.getsource(mg.append_record)}
+for _ in range(int(sys.argv[3])):
+    append_record(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))
+"""
+
+
+def test_racing_and_killed_writers(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    records = [json.dumps(asdict(mg.Run(seed=n)) | dict(filler="x" * 9999)) for n in range(8)]
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*command, record, "40"]) for record in records[:4]]
+    assert [process.wait(60) for process in writers] == [0] * 4
+    assert [path.read_text().splitlines().count(record) for record in records[:4]] == [40] * 4
+    for seed in (4, 5):
+        process, size = subprocess.Popen([*command, records[seed], "99999"]), path.stat().st_size
+        while path.stat().st_size < size + 10**6:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        path.write_bytes(path.read_bytes() + b'{"half": ')
+        mg.append_record(path, json.loads(records[seed + 2]))
+    mg.append_record(path, asdict(mg.Run()))
+    found = mg.read_records(path, mg.Run)
+    assert sorted(run.seed for run in found) == list(range(8))
+    assert "filler" not in found[mg.Run()]  # the last line counts
+    assert 2 <= capsys.readouterr().out.count("is skipped") <= 4
+
+
+@mark.parametrize("f", fields(mg.TextRun))
+def test_every_setting_makes_another_run(tmp_path, f):
+    run, other = mg.TextRun(), mg.TextRun()
+    object.__setattr__(other, f.name, "another value")  # past the checks
+    assert other != run and mg.arrays_path(tmp_path, other) != mg.arrays_path(tmp_path, run)
+
+
+# ------------------------ the command
+TINY = "--preset demo --max_iters 4 --n_embd 8 --n_layer 1 --n_head 1 --eval_windows 4"
+TINY += " --block_size 8 --device cpu --jobs 1 --data DATA --out_dir OUT "
+
+
+def tiny(tmp_path, words):
+    """The flags of a run on a small text; names in capitals are files in tmp_path."""
+    lines = "".join(f"line {n} of a small text, {n * n} and {n % 7};\n" for n in range(60))
+    texts = dict(DATA=lines, SHORT="short", LATIN="déjà vu " * 100)
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    return [str(tmp_path / w) if w.isupper() else w for w in (TINY + words).split()]
+
+
+def call(tmp_path, words, out="OUT"):
+    """Run the command -> its records so far, by all but what the clock says."""
+    mg.main(tiny(tmp_path, f"{words} --out_dir {out}"))
+    lines = (tmp_path / out / "text.jsonl").read_bytes().splitlines()
+    return [json.loads(line) | dict(seconds=0) for line in lines]
+
+
+def test_arms_share_start_and_batches_and_jobs_change_nothing(tmp_path, monkeypatch):
+    seen, train = [], mg.train
+
+    def spy(model, optimizer, next_batch, run, tell, after_step):
+        seen.append({n: p.clone() for n, p in trained(model).items()})
+
+        def recorded(step):
+            seen[-1][step] = torch.stack(next_batch(step))
+            return seen[-1][step]
+
+        train(model, optimizer, recorded, run, tell, after_step)
+        ends.append(trained(model))
+
+    ends, arms = [], ["vanilla", "horizon_1", "bigram", "local_myopic"]
+    monkeypatch.setattr(mg, "train", spy)
+    records = call(tmp_path, "--arms " + " ".join(arms))
+    assert [r["arm"] for r in records] == arms and len({r["val_loss"] for r in records}) == 4
+    assert len(seen) == 5  # local_myopic trains its teacher first
+    for start_and_batches in seen:
+        assert_agree(start_and_batches, seen[0], 0)
+    assert_agree(ends[3], ends[0], 0)  # the teacher is vanilla
+    assert call(tmp_path, "--arms " + " ".join(arms)) == records and len(seen) == 5
+    assert call(tmp_path, "--arms bigram --fresh") == [*records, records[2]]
+    parallel = call(tmp_path, f"--arms {' '.join(arms)} --jobs 2", "TWO")
+    assert sorted(parallel, key=lambda r: arms.index(r["arm"])) == records
+
+
+def test_figures_are_redrawn_on_any_console(tmp_path, monkeypatch):
+    call(tmp_path, "--arms vanilla myopic")
+    for encoding in ("cp1252", "cp932"):
+        for file in (tmp_path / "OUT").glob("*.png"):
+            file.unlink()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        call(tmp_path, "--arms vanilla myopic bigram --plot_only")  # bigram is not recorded
+        assert len(list((tmp_path / "OUT").glob("text_*.png"))) == 2
+
+
+BAD = [
+    ("--learning_rate nan", "learning_rate is nan"),
+    ("--n_embd 7 --n_head 2", "n_embd is 7"),
+    ("--arms no_such", "arm no_such is unknown"),
+    ("--tokens char", "invalid choice: 'char'"),
+    ("--data MISSING", "MISSING"),
+    ("--data LATIN", "LATIN"),
+    ("--data SHORT", "block_size is 8"),
+    ("--out_dir SHORT", "SHORT"),
+    ("--plot_only", "no results"),
+    ("--jobs 0", "jobs is 0"),
+    ("--max_iters 1 --learning_rate 1e30", "--learning_rate"),
+    ("--arms myopic --learning_rate 1e30 --jobs 2", "loss is nan at step 4 of myopic, seed 0"),
+]
+
+
+@mark.parametrize("words, said", BAD)
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit) as stop:
+        mg.main(tiny(tmp_path, words))
+    error = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert stop.value.code == 2 and said in error and "\n" not in error
+
+
+@mark.skipif(os.name == "nt", reason="no process groups")
+@mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_or_killed_no_process_is_left(tmp_path, number, status):
+    command = [sys.executable, mg.__file__, *tiny(tmp_path, "--max_iters 9999999 --jobs 2")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process, said = subprocess.Popen([*command, "--arms", "vanilla"], **pipes), b""
+    while b"loss" not in said and process.poll() is None:
+        said += process.stderr.read1()
+    kill = os.killpg if number == signal.SIGINT else os.kill  # a terminal tells the whole group
+    kill(process.pid, number)
+    _, said = process.communicate(timeout=20)  # the pipes end with the last process
+    assert process.returncode == status and b"Traceback" not in said
+
+
+# ------------------------ tables and the bench
+def test_gaps_are_paired_by_seed(monkeypatch, capsys):
+    losses, found = dict(vanilla=[1, 2], myopic=[1.5, 2.25], bigram=[2, 3]), {}
+    for arm, seed in itertools.product(losses, (1, 0)):
+        record = dict(n_params=7, val_loss=losses[arm][seed], train_loss=3, sample="so")
+        found[mg.TextRun(arm=arm, seed=seed)] = record
+    monkeypatch.setattr(mg, "plot_gaps", Mock())
+    monkeypatch.setattr(mg, "plot_passage", Mock())
+    assert mg.gaps(found, "myopic") == {0: 0.5, 1: 0.25}
+    assert mg.mean_sd([1, 2, 3], 1) == "2.0 ± 1.0"
+    found.pop(mg.TextRun(arm="bigram", seed=1))  # the share is that of seed 0 alone
+    mg.report(found, MagicMock())
+    assert re.search(r"myopic .* 0.375 .* 50.0\b", capsys.readouterr().out)
+
+
+def test_bench_has_a_cell_for_what_does_not_fit():
+    calls = dict(base=Mock(), large=Mock(side_effect=torch.OutOfMemoryError("full")))
+    base, large = mg.time_calls(lambda way: calls[way](), list(calls), "cpu")
+    assert base.startswith("1.00 (1.00–1.00)\n") and large.startswith("nan")
+
+
+# ------------------------ the sine task
+def test_sample_batch_is_the_definition_and_the_curriculum_ends_on_it():
     a, b, T = 3, 4.0, 9
-    draw = lambda: synthetic.sample_batch(5, T, 0.5, a, b, torch.Generator().manual_seed(0))
-    xs, ys = draw()
+    xs, ys = synthetic.sample_batch(5, T, 0.5, a, b, torch.Generator().manual_seed(0))
     for s, n in itertools.product(range(5), range(T)):
         x, z = xs[s, :, 0].double(), xs[s, n, 1].item()
         past = sum(math.sin(b * x[n - i]) for i in range(1, a + 1) if n - i >= 0)
         assert z in (0, 1) and abs(ys[s, n].item() - (z * past + (1 - z) * x[n].item())) < 1e-5
-    assert all(torch.equal(again, first) for again, first in zip(draw(), (xs, ys)))
-    x, _ = synthetic.sample_batch(2000, 20, 0.3, generator=torch.Generator().manual_seed(1))
+    x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
     assert abs(x[..., 1].mean() - 0.3) < 0.01 and abs(x[..., 0].std() - 1) < 0.01
-
-
-@mark.parametrize("p", [0.1, 1.0])
-def test_trivial_predictor_has_the_papers_loss(p):
-    x, y = synthetic.sample_batch(4000, 64, p, generator=torch.Generator().manual_seed(0))
-    assert abs(F.huber_loss(synthetic.trivial_prediction(x), y).item() / p - 1.26) < 0.03
+    trivial = F.huber_loss(synthetic.trivial_prediction(x), y).item() / 0.3
+    assert abs(trivial - 1.2569) < 0.03  # the paper's
+    run = synthetic.SineRun(max_iters=100, p=0.3, **synthetic.SHARED)
+    assert synthetic.curriculum(run, 0) == (2.0, 1.0, 1.5)
+    b, p, x_std = synthetic.curriculum(run, 40)
+    assert b == pytest.approx(6.0) and (p, x_std) == (0.3, 1.5)
+    assert all(synthetic.curriculum(run, step) == (10.0, 0.3, 1.0) for step in range(80, 100))
 
 
 def test_probe_finds_what_is_there_and_nothing_else():
-    g = torch.Generator().manual_seed(0)
-    X, other = torch.randn(2, 4000, 8, generator=g, dtype=torch.float64)
-    Y = torch.stack([X @ torch.arange(8.0).double() + 5, other[:, 0]], dim=1)           # (rows, 2)
-    r2, estimate = synthetic.ridge_probe(X[:2000], Y[:2000], X[2000:], Y[2000:])
-    assert r2[0] > 0.99 and abs(r2[1]) < 0.02 and estimate.shape == (2000, 2)
-    corr = synthetic.correlations(X, Y)
-    assert corr.shape == (8, 2) and corr[7, 0] > 0.5 and corr[:, 1].max() < 0.06
+    X, other = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0)).double()
+    targets = torch.stack([X[:, 0] - 2 * X[:, 3] + 5, other[:, 0]], dim=1)
+    read = synthetic.fit_probe(X[:2000], targets[:2000])
+    there, not_there = synthetic.r_squared(read(X[2000:]), targets[2000:])
+    assert there > 0.999 and abs(not_there) < 0.02
 
 
-def test_probe_rows_line_up_with_their_inputs():
-    model = synthetic.SineModel(mg.GPTConfig(6, 1, 2, 2, 8))
-    x, _ = synthetic.sample_batch(3, 6, 1.0, 2)
-    states, past = synthetic.probe_data(model, x, lookbacks=3)
-    assert states.shape == (3, 12, 8) and past.shape == (12, 3)
-    assert past[0].tolist() == x[0, [2, 1, 0], 0].double().tolist()     # n = 2: lookbacks 0, 1, 2
-    assert torch.equal(states[1, 5], model.hidden_states(x)[1][1, 3].double())  # sequence 1, n = 3
-    assert all(isinstance(block.mlp.act, nn.ReLU) for block in model.transformer.h)
+def test_patch_measures_cause_and_effect():
+    run = synthetic.SineRun(block_size=40, a=5, b=3.0, **synthetic.SHARED)
+    model = Mock()  # its layer 1 holds the sine; its answer is half the sum that is due
+    model.hidden_states = lambda x: [x, torch.sin(run.b * x[..., :1])]
+    model.read_out = lambda s, layer: F.pad(s[..., 0], (5, 0))[:, :-1].unfold(1, 5, 1).sum(-1) / 2
+    slopes, correlations = synthetic.patch(model, run, 500, "cpu")
+    assert slopes == pytest.approx([0] + [0.5] * 5 + [0] * 10, abs=1e-4)
+    assert correlations == pytest.approx([0] + [1] * 5 + [0] * 10, abs=1e-4)
 
 
-@mark.parametrize("b", [2, 0.5])
-def test_frequency_moves_to_its_goal(monkeypatch, tmp_path, b):
-    drawn, original = [], synthetic.sample_batch
-    monkeypatch.setattr(synthetic, "sample_batch", lambda *a: drawn.append(a) or original(*a))
-    call(synthetic, tmp_path / "out", f"--arms vanilla --max_iters 10 --b {b}")
-    trained = [b for n, _, _, _, b, _ in drawn if n == 16]     # 16: batch_size of smoke
-    assert trained == pytest.approx([1 + (b - 1) * n / 6 for n in range(6)] + 4 * [b])
-
-
-# ------------------------ training
-def test_arms_share_start_and_forward_pass():
-    def built(arm):
-        torch.manual_seed(3)
-        return mg.GPT(mg.GPTConfig(8, 11, 2, 2, 12, **mg.arm_fields(arm)))
-    models = {arm: built(arm) for arm in [*mg.ARMS, "horizon_2"]}
-    models["local_myopic"].teach(built("vanilla"))
-    start = models["vanilla"].state_dict()
-    assert all(torch.equal(p, start[n]) for m in models.values() for n, p in m.named_parameters())
-    logits = {arm: model(batch(8)[0])[0] for arm, model in models.items()}
-    vanilla = logits["vanilla"]
-    assert all(torch.equal(logits[arm], vanilla) for arm in ("myopic", "myopic_kv", "horizon_2"))
-    assert torch.allclose(logits["local_myopic"], vanilla, atol=1e-5)           # its own teacher
-    assert not torch.allclose(logits["bigram"], vanilla, atol=1e-3)
-
-
-def test_bigram_does_not_see_the_past():
-    model, (idx, _) = make_gpt(**mg.ARMS["bigram"]), batch(6)
-    other = idx.clone()
-    other[:, :4] = (other[:, :4] + 1) % 11
-    assert torch.equal(model(idx)[0][:, 4:], model(other)[0][:, 4:])
-
-
-def test_block_size_is_kept():
-    model = make_gpt(block_size=4)
-    with pytest.raises(mg.Refusal, match="block_size 4"):
-        model(torch.zeros(1, 5, dtype=torch.long))
-    assert model.generate(torch.zeros(1, 9, dtype=torch.long), 3, top_k=2).shape == (1, 12)
-
-
-def test_gradient_accumulation_is_one_large_batch():
-    def trained(parts):
-        model, left = make_gpt(), iter(parts)
-        mg.train(model, model.configure_optimizers(0.1, 1e-2), lambda step: next(left), steps=1,
-                 learning_rate=1e-2, grad_accum=len(parts))
-        return dict(model.named_parameters())
-    idx, targets = batch(6, B=4)
-    halves = list(zip(idx.split(2), targets.split(2)))
-    assert_agree(trained(halves), trained([(idx, targets)]), 1e-6)
-
-
-@mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_learns(dtype):
+def sine_model(**arm):
+    """A small model of the sine task in float64 with random weights, and a batch."""
     torch.manual_seed(0)
-    model = mg.GPT(mg.GPTConfig(8, 11, 2, 2, 16, horizon=0))
-    x, y = torch.arange(8).repeat(4, 1), torch.arange(1, 9).repeat(4, 1)
-    before = model(x, y)[1].item()
-    mg.train(model, model.configure_optimizers(0.1, 1e-2), lambda step: (x, y), steps=30,
-             learning_rate=1e-2, dtype=dtype)
-    assert model(x, y)[1].item() < 0.5 * before
+    model = synthetic.SineModel(mg.GPTConfig(9, 1, 2, 2, 12, **arm)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, y = synthetic.sample_batch(4, 9, 0.7, 3, 4.0, torch.Generator().manual_seed(0))
+    return model, x.double(), y.double()
 
 
-def test_a_loss_that_is_not_finite_stops():
-    model, steps = make_gpt(torch.float32), []
-    def next_batch(step):
-        if len(steps) == 3:
-            nn.init.constant_(model.lm_head.weight, math.inf)
-        return batch(6)
-    optimizer = model.configure_optimizers(0.1, 1e-3)
-    with pytest.raises(mg.Refusal, match=r"at step 3 \(last good: 2\).*--learning_rate"):
-        mg.train(model, optimizer, next_batch, steps=9, learning_rate=1, after_step=steps.append)
+@mark.parametrize("arm, reach", [("vanilla", 8), ("horizon_2", 4), ("myopic", 0), ("myopic_kv", 0)])
+def test_table_of_gradients(arm, reach):
+    table = synthetic.gradient_table(*sine_model(**mg.arm_fields(arm)), layer=0)
+    for i, j in itertools.product(range(9), range(9)):
+        assert (table[i, j] > 1e-9) == (0 <= i - j <= reach) and table[i, j] >= 0
 
 
-# ------------------------ text and checkpoints
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+def test_lags_and_diagonal_with_rest_add_up_to_the_gradient():
+    model, x, y = sine_model()
+    weights = [block.attn.c_attn.weight for block in model.transformer.h]
+    true = torch.autograd.grad(model(x, y)[1], weights)
+    for parts, whole in zip(synthetic.gradients_by_lag(model, x, y), true):
+        assert relative_error(parts.sum(0), whole[12:]) < 1e-10
+        assert (parts.norm(dim=(1, 2)) > 1e-9).all()  # every lag has a part
+    for signed, size in itertools.chain(*synthetic.lag_shares(model, x, y)):
+        assert sum(signed) == pytest.approx(1, abs=1e-3) == sum(size) and min(size) >= 0
+    grads = [gradients(sine_model(**mg.ARMS[arm])[0], x, y) for arm in list(mg.ARMS)[:3]]
+    whole, diagonal, kv = (torch.cat([g.flatten() for g in arm.values()]) for arm in grads)
+    rest = whole - diagonal
+    true = [diagonal.norm(), rest.norm(), F.cosine_similarity(diagonal, rest, dim=0)]
+    assert synthetic.diagonal_and_rest(model, x, y) == pytest.approx([t.item() for t in true])
+    for a, b in itertools.combinations([diagonal, kv, whole], 2):
+        assert relative_error(a, b) > 0.05  # or the tests of the definition would be empty
 
 
-def write_bins(folder, tokens, names=("train", "val")):
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        np.array(tokens, dtype=np.uint16).tofile(folder / f"{name}.bin")
+def test_vanilla_plans_ahead_and_myopic_does_not():
+    run = synthetic.PRESETS["demo"]["run"]
+    runs = [replace(run, arm=arm) for arm in ("vanilla", "myopic")]
+    vanilla, myopic = (synthetic.train_sine(run, "cpu", Mock())[1] for run in runs)
+    assert vanilla["ratio"] < 0.2 and myopic["ratio"] > 0.85
+    assert vanilla["probe_r2"][1][0] > 0.7 and myopic["probe_r2"][1][0] < 0.1
+    assert vanilla["probe_r2_untrained"][1][0] < 0.3
+    assert np.mean(vanilla["patch_slope"][1 : run.a + 1]) > 0.7
+    assert np.abs(myopic["patch_slope"]).max() < 0.1
 
 
-def call(script, out, words="", *more):
-    """Call a script's main, with its smallest preset and a small text; -> the records it leaves."""
-    flags = ["--preset", "smoke", "--device", "cpu", "--out_dir", out]
-    if script is mg:
-        lines = [f"line {n} of a small text, {n * n} and {n % 7};\n" for n in range(60)]
-        flags += ["--data", write(out.with_suffix(".txt"), "".join(lines))]
-    script.main([*map(str, flags), *words.split(), *map(str, more)])
-    return json.loads((out / f"{script.__name__}.json").read_text())
+def test_sines_from_command_to_film(tmp_path):
+    tiny = "--preset demo --max_iters 6 --batch_size 4 --n_embd 8 --eval_sequences 64 --jobs 1"
+    flags = [*tiny.split(), "--p", "0.5", "0.7", "1", "--seeds", "1", "--out_dir", str(tmp_path)]
+    synthetic.main(flags)
+    figures = {path.name for path in tmp_path.iterdir()}
+    names = ["", "_p", "_patch", "_trap", "_lags", "_sine", "_sequence", "_gradients"]
+    assert figures >= {f"precache{name}.png" for name in names} | {"precache.gif"}
+    assert len((tmp_path / "synthetic.jsonl").read_text().splitlines()) == 6
+    for words in ("--a 12", "--n_layer 1", "--p 0"):
+        with pytest.raises(SystemExit) as stop:
+            synthetic.main([*flags, *words.split()])
+        assert stop.value.code == 2
 
 
-def test_text_is_split_by_document(tmp_path):
-    for n in range(25):
-        write(tmp_path / "d" / f"{n:02}.txt", f"document{n} " * 5)
-    write(tmp_path / "d" / "99.txt", "document3 " * 5)                          # a double
-    text = mg.load_text([tmp_path / "d"])
-    train, val = (set("".join(mg.spell(tokens, "byte", text.words)).split())
-                  for tokens in (text.train, text.val))
-    assert val == {"document0", "document10", "document20"}
-    assert train.isdisjoint(val) and len(train) == 22
-    one, two = (write(tmp_path / f"{n}.txt", n * 1000) for n in ("a", "b"))
-    for files, sizes in (([one], (900, 100)), ([one, two], (1801, 201))):
-        few = mg.load_text(files)
-        assert (len(few.train), len(few.val)) == sizes
+# ------------------------ README
+ROOT = Path(mg.__file__).parent
+README, TABLES = ((ROOT / name).read_text("utf-8") for name in ("README.md", "results/README.md"))
 
 
-def test_words(tmp_path):
-    file = write(tmp_path / "one.txt", "the cat, the dog. " * 18 + "the emu, the cat.")
-    text = mg.load_text([file], "word", vocab_size=5)
-    assert text.words[:2] == ["<unk>", "the"] and len(text.words) == 5
-    assert mg.encode("the emu", "word", text.words).tolist() == [1, 0]
-    assert "emu" not in mg.load_text([file], "word").words                      # validation only
-    assert "".join(mg.spell([1, 0], "word", text.words)) == "the <unk> "
+def test_readme_shows_what_its_example_prints(capsys):
+    example = re.search(r"```python\n(import torch\n.*?)```\s+```\n(.*?)```", README, re.S)
+    exec(example[1], {})
+    torch.set_printoptions(profile="default")
+    assert capsys.readouterr().out == example[2]
 
 
-def test_bin_files_are_memory_mapped(tmp_path):
-    write_bins(tmp_path, range(50))
-    text = mg.load_text([tmp_path], vocab_size=50)
-    assert isinstance(text.train, np.memmap) and text.kind == "bin" and text.vocab_size == 50
-    for tokens in (text.train, torch.arange(50, dtype=torch.int32)):
-        x, y = mg.windows(tokens, torch.tensor([0, 40]), 4)
-        assert x.tolist() == [[0, 1, 2, 3], [40, 41, 42, 43]]
-        assert y.tolist() == [[1, 2, 3, 4], [41, 42, 43, 44]]
-
-
-def test_python_brings_its_own_text():
-    documents = mg.python_documents()
-    assert sum(map(len, documents)) > 1_000_000 and all("\n" in d for d in documents)
-
-
-@mark.parametrize("last", [0, 4])
-def test_resume_is_bitwise_the_same(tmp_path, monkeypatch, last):
-    flags, save = "--n_embd 8 --save_every 4 --arms myopic --dropout 0.2", mg.save_checkpoint
-    def interrupted(path, model, optimizer, step, **more):
-        save(path, model, optimizer, step, **more)
-        if step == last:
-            raise KeyboardInterrupt
-    a, b = tmp_path / "a", tmp_path / "b"
-    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
-        patched.setattr(mg, "save_checkpoint", interrupted)
-        call(mg, a, flags)
-    assert stop.value.code == 130 and not (a / "myopic_gpt.json").exists()
-    (resumed,), (whole,) = call(mg, a, flags), call(mg, b, flags)
-    for key in ("val_loss", "train_loss", "curve", "loss_by_position"):
-        assert resumed[key] == whole[key]
-    got, true = (mg.load_checkpoint(next(out.glob("*.pt")))[0].state_dict() for out in (a, b))
-    assert_agree(got, true, tolerance=0)
-
-
-def test_evaluation_is_deterministic_with_dropout():
-    model = make_gpt(dropout=0.5).train()
-    first, second = (mg.token_losses(model, torch.arange(100) % 11, 5, 8)[0] for _ in range(2))
-    assert torch.equal(first, second) and model.training and first.shape == (5, 8)
-
-
-SEVEN = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-
-
-def nanogpt_checkpoint(path, **extra):
-    """nanoGPT's file, after torch.compile, with a mask buffer as its old versions had it."""
-    model = make_gpt(torch.float32)
-    state = {"_orig_mod." + k: v for k, v in model.state_dict().items()}
-    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
-    torch.save(dict(model=state, optimizer={}, iter_num=7, best_val_loss=torch.tensor(2.0),
-                    model_args={k: getattr(model.config, k) for k in SEVEN},
-                    config=dict(dataset="x", block_size=999, learning_rate=1e-3), **extra), path)
-    return model
-
-
-def test_nanogpt_checkpoint_loads_and_is_trained_on(tmp_path):
-    file, tokens, (idx, _) = tmp_path / "ckpt.pt", torch.arange(300) % 11, batch(8)
-    model = nanogpt_checkpoint(file)
-    loaded, saved = mg.load_checkpoint(file)
-    assert torch.equal(loaded(idx)[0], model(idx)[0]) and saved["iter_num"] == 7
-    assert loaded.config.horizon is None and list(loaded.state_dict()) == list(model.state_dict())
-    write_bins(tmp_path / "data", tokens.numpy())
-    flags = "--arms vanilla local_myopic --block_size 8 --vocab_size 11 --data"
-    records = call(mg, tmp_path / "out", flags, tmp_path / "data", "--init_from", file)
-    start = mg.token_losses(model, tokens, 32, 8)[0].mean().item()
-    assert [r["arm"] for r in records] == ["vanilla", "local_myopic"]
-    assert records[0]["tokens"] == "bin" and records[0]["val_loss"] < start
-    assert abs(records[0]["curve"][0][2] - start) < 1e-5
-
-
-def test_our_checkpoint_is_nanogpts_and_writes_text(tmp_path, capsys):
-    call(mg, tmp_path / "out", "--n_embd 8 --arms myopic")
-    saved = torch.load(next((tmp_path / "out").glob("*.pt")), weights_only=True)
-    assert saved["config"]["horizon"] == 0 and saved["config"]["tokens"] == "byte"
-    mg.GPT(mg.GPTConfig(**saved["model_args"])).load_state_dict(saved["model"], strict=True)
-    assert sorted(saved["model_args"]) == sorted(SEVEN)
-    layers = ["ln_f", *(f"h.{l}.{name}" for l in (0, 1) for name in (
-        "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"))]
-    assert set(saved["model"]) == {
-        "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight",
-        *(f"transformer.{layer}.{p}" for layer in layers for p in ("weight", "bias"))}
-    outputs = []
-    for _ in range(2):
-        capsys.readouterr()
-        call(mg, tmp_path / "out", "--n_embd 8 --arms myopic --sample line")
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0].startswith("line") and len(outputs[0]) > 100 and outputs[0] == outputs[1]
-
-
-def test_pickled_objects_are_refused_and_do_not_run(tmp_path):
-    file, ran = tmp_path / "bad.pt", tmp_path / "ran"
-
-    class Bomb:
-        def __reduce__(self):
-            return Path.touch, (ran,)
-    nanogpt_checkpoint(file, surprise=Bomb())
-    with pytest.raises(mg.Refusal, match="never run"):
-        mg.load_checkpoint(file)
-    assert not ran.exists()
-    torch.load(file, weights_only=False)
-    assert ran.exists(), "the file was dangerous: the check can fail"
-
-
-# ------------------------ command lines and records
-def test_runs_are_recorded_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mg, "save_figure", Mock())
-    run = lambda flags: call(synthetic, tmp_path / "out", "--max_iters 2 " + flags)
-    first = run("--arms vanilla horizon_1 --p 0.5 1")
-    assert [(r["arm"], r["p"]) for r in first] == [
-        ("vanilla", 0.5), ("horizon_1", 0.5), ("vanilla", 1.0), ("horizon_1", 1.0)]
-    for r in first:
-        assert {"task", "seed", "steps", "seconds", "device", "torch", "code", "a", "b",
-                "huber_over_p", "trivial_over_p", "probe_r2", "probe_r2_untrained"} <= r.keys()
-        assert (r["huber_z0"] is None) == (r["p"] == 1)
-        assert np.shape(r["probe_r2"]) == (3, 6)                                # layers, lookbacks
-    assert run("--arms vanilla horizon_1 --p 0.5 1") == first
-    assert "of other code" not in capsys.readouterr().out
-    first[0]["code"] = "00000000"
-    write(tmp_path / "out/synthetic.json", json.dumps(first))
-    assert run("--arms vanilla --p 0.5") == first
-    assert capsys.readouterr().out.count("of other code") == 1
-    fresh, other = run("--arms vanilla --p 0.5 --fresh"), run("--arms vanilla --seed 5")
-    assert len(fresh) == 4 and fresh[-1]["code"] != "00000000"
-    assert fresh[-1]["huber_over_p"] == first[0]["huber_over_p"]                # the same seed
-    assert other[-1]["huber_over_p"] != first[2]["huber_over_p"]                # another seed
-
-
-def test_torch_compiles_every_run(tmp_path):        # it stops after eight models of one class
-    compiled, backend = [], lambda graph, _: compiled.append(graph) or graph
-    run = lambda s: torch.compile(make_gpt(horizon=s["seed"]), backend=backend)(*batch(4)) and {}
-    args = Mock(fresh=False, plot_only=False, minutes_per_run=1, stamp=dict(device="", code=""))
-    wanted = [dict(task="text", arm="myopic", seed=n, max_iters=1) for n in range(9)]
-    mg.run_experiments(tmp_path / "records.json", wanted, ("seed",), run, args)
-    assert len(compiled) == 9
-
-
-@mark.parametrize("script, figure", [(synthetic, "precache"), (mg, "text_sizes_byte")])
-def test_plot_only_redraws(tmp_path, script, figure):
-    out, file = tmp_path / "out", tmp_path / f"out/{figure}.png"
-    call(script, out, "--max_iters 2 --arms vanilla myopic myopic_kv")
-    file.unlink()
-    call(script, out, "--max_iters 2 --arms vanilla myopic myopic_kv --plot_only")
-    assert file.read_bytes().startswith(b"\x89PNG")
-    assert not list(out.glob(".part*")), "no half-written file is left"
-
-
-def test_bench_measures_every_way(tmp_path, monkeypatch):
-    monkeypatch.setitem(mg.BENCH, "cpu", (1, 2, 8, 64, 0, 16, 16, 32))
-    mg.main(["--bench", "--device", "cpu", "--out_dir", str(tmp_path)])
-    records = json.loads((tmp_path / "bench.json").read_text())
-    assert [(r["what"], r["T"]) for r in records] == [
-        case for case in (("sublayer", 16), ("sublayer", 32), ("step", 16)) for _ in range(7)]
-    assert all(r["ms"] > 0 and (r["way"] != "vanilla" or r["quartiles"][1] == 1) for r in records)
-
-
-# Flags and what the message has to say. Capitals name a file that the test below writes.
-numbers = lambda text: [(f"--{n}", n.replace(" ", " is ")) for n in text.split(", ")]
-BOTH = [
-    *numbers("n_layer 0, n_head 0, n_embd 0, block_size 0, batch_size 0, seeds 0, max_iters -1, "
-             "learning_rate -1, learning_rate nan, learning_rate inf"),
-    ("--n_embd 10 --n_head 4", "n_embd is 10"), ("--arms no_such", "arm no_such is unknown"),
-    ("--arms horizon_-1", "arm horizon_-1 is unknown"), ("--compile", "--compile is for"),
-    ("--preset huge", "invalid choice: 'huge'"), ("--device tpu", "invalid choice: 'tpu'"),
-    ("--seed x", "invalid int value: 'x'"), ("--plot_only", "no results for these settings"),
-    ("--out_dir FILE", "name an --out_dir that can"), ("--out_dir DAMAGED", "results file DAMAGED")]
-SYNTHETIC = [
-    *numbers("p 0, p 1.5, p nan, a 0, a 12, b inf, b 0, b nan"),
-    ("--arms local_myopic", "arm local_myopic is for text")]
-LANGUAGE = [
-    *numbers("dropout 1, vocab_size 0"), ("--tokens char", "invalid choice: 'char'"),
-    ("--data MISSING", "--data MISSING"), ("--data EMPTY", "--data EMPTY holds no text"),
-    ("--data LATIN", "--data LATIN"), ("--data FILE", "block_size 16 is not below 1, the size"),
-    ("--data BINS", "--data BINS holds token 60000"), ("--data HALF", "val.bin: [Errno 2]"),
-    ("--init_from MISSING", "checkpoint MISSING"), ("--init_from FILE", "checkpoint FILE"),
-    ("--init_from LONG", "byte tokens do not fit LONG"),
-    ("--init_from LONG --data GOOD --vocab_size 11", "do not fit block_size 8"),
-    ("--init_from CUT", """checkpoint CUT cannot be used (Refusal("cut is 'middle'"""),
-    ("--arms local_myopic", "arm local_myopic needs the trained"),
-    ("--sample x", "vanilla_byte_2x32_seed0.pt cannot be used"),
-    ("--sample= --init_from OURS", "--sample is empty")]
-
-
-@mark.parametrize("script, flags, said", [
-    *((synthetic, *case) for case in BOTH + SYNTHETIC), *((mg, *case) for case in BOTH + LANGUAGE)])
-def test_bad_input_is_refused(tmp_path, capsys, script, flags, said):
-    write(tmp_path / "FILE", "too short")
-    write(tmp_path / "EMPTY", " ")
-    damaged = write(tmp_path / "DAMAGED" / f"{script.__name__}.json", "[{]")
-    (tmp_path / "LATIN").write_bytes("déjà vu".encode("latin-1") * 100)
-    write_bins(tmp_path / "BINS", [60000] * 100)
-    write_bins(tmp_path / "HALF", [60000] * 100, ["train"])
-    write_bins(tmp_path / "GOOD", [7] * 100)
-    nanogpt_checkpoint(tmp_path / "LONG")                                       # block_size 8
-    saved, words = torch.load(tmp_path / "LONG", weights_only=True), [chr(n) for n in range(256)]
-    torch.save({**saved, "config": dict(cut="middle")}, tmp_path / "CUT")
-    torch.save({**saved, "config": dict(tokens="byte", words=words)}, tmp_path / "OURS")
-    place = lambda text: [str(tmp_path / w) if w.isupper() else w for w in text.split()]
-    with pytest.raises(SystemExit) as stop:
-        call(script, tmp_path / "out", "--max_iters 1", *place(flags))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "it/s" not in err and "Traceback" not in err
-    message = err[err.index("error: "):].strip()
-    assert "\n" not in message and " ".join(place(said)) in message
-    assert damaged.read_text() == "[{]" and not list(tmp_path.glob("out/*.json"))
-
-
-@mark.parametrize("script", [synthetic, mg])
-def test_bad_input_from_the_shell(script, tmp_path):
-    run = subprocess.run([sys.executable, script.__file__, "--preset", "smoke", "--n_embd", "7"],
-                         cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and "n_embd is 7" in run.stderr and "Traceback" not in run.stderr
+def test_numbers_in_the_tables_are_those_of_the_records():
+    rows = []
+    for folder in ("full", "quick", "demo", "horizon"):
+        found = mg.read_records(ROOT / "results" / folder / "synthetic.jsonl", synthetic.SineRun)
+        for p, arm in {(run.p, run.arm) for run in found}:
+            records = [record for run, record in found.items() if (run.p, run.arm) == (p, arm)]
+            columns = zip(*(synthetic.main_numbers(record) for record in records))
+            rows.append([f"{p:g}", arm, str(len(records)), *map(mg.mean_sd, columns)])
+    for path in (ROOT / "results").glob("*/text.jsonl"):
+        found = mg.read_records(path, mg.TextRun)
+        for size, arm in {(record["n_params"], run.arm) for run, record in found.items()}:
+            same = {run: record for run, record in found.items() if record["n_params"] == size}
+            losses = [record["val_loss"] for run, record in same.items() if run.arm == arm]
+            gap = mg.mean_sd(list(mg.gaps(same, arm).values()))
+            rows.append([f"{size:,}", arm, str(len(losses)), mg.mean_sd(losses), gap])
+    assert len(rows) > 15 and all(f"| {' | '.join(row)} |" in TABLES for row in rows)
+    shown = [line for line in README.splitlines() if line.startswith("|") and "±" in line]
+    assert len(shown) > 3 and all(line in TABLES for line in shown)
