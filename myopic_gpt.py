@@ -18,7 +18,7 @@ of one sublayer: MyopicAttention, below. One choice is left: when i reads k_j = 
 is that? The reader's, i, in the paper (cut="hidden"); the writer's, j, elsewhere (cut="kv"). Either
 way nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024), arXiv 2404.00859.
 
-    python myopic_gpt.py --preset demo                # every arm once, in seconds
+    python myopic_gpt.py --preset demo                # four arms once, in seconds
     python myopic_gpt.py                              # English, three seeds: minutes on two cores
     python myopic_gpt.py --data book.txt --out_dir out/book
 
@@ -370,16 +370,18 @@ class GPT(nn.Module):
 # ------------------------ attention, continued: are the fused kernels right, and two streams
 @functools.cache
 def try_fused(device, dtype, head_size):
-    """Do the fused kernels run here and agree with the plain ones? On views, as in training."""
+    """Do the fused kernels run here and agree with the plain ones on a CPU (where no TF32 rounds
+    float32)? On views of one buffer, as in training."""
     wave = torch.arange(2 * 33 * 8 * head_size, device=device).mul(0.7).sin().to(dtype)
-    q, k, v, G = split_heads(wave.view(2, 33, -1), 2, parts=4)  # (2, 2, 33, hs)
     results = []
     try:
-        for forward, backward in (kernels(fused=True), kernels(fused=False)):
+        for fused, place in ((True, device), (False, "cpu")):
+            q, k, v, G = split_heads(wave.to(place).view(2, 33, -1), 2, parts=4)  # (2, 2, 33, hs)
+            forward, backward = kernels(fused)
             out, lse = forward(q, k, v)
             near = near_gradients(G, q, k, v, out, lse, 0)  # lse must serve them, too
             tensors = out, *backward(G, q, k, v, out, lse), *near
-            results.append(torch.stack([t.float().flatten() for t in tensors]))
+            results.append(torch.stack([t.cpu().float().flatten() for t in tensors]))
         errors = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
         if not errors.max() <= (1e-4 if dtype in (torch.float32, torch.float64) else 2e-2):
             raise RuntimeError(f"relative errors {errors.tolist()}")
@@ -449,11 +451,13 @@ def load_text(files, kind, vocab_size):
 def token_losses(model, ids, run):
     """Cross-entropy in nats on run.eval_windows even windows, no dropout -> losses, y: (N, T)."""
     rows = ids.unfold(0, run.block_size + 1, 1)  # (len(ids) - T, T + 1): every window
-    rows = rows[torch.linspace(0, len(rows) - 1, run.eval_windows).long()].long()  # (N, T + 1)
-    x, y = rows[:, :-1], rows[:, 1:]
+    even = torch.linspace(0, len(rows) - 1, run.eval_windows, dtype=torch.float64).long()
+    rows, losses = rows[even.to(ids.device)].long(), []  # (N, T + 1)
     model.eval()
-    logits = torch.cat([model(part)[0].float() for part in x.split(64)])  # (N, T, V)
-    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu(), y.cpu()
+    for part in rows.split(64):
+        logits = model(part[:, :-1])[0].float().transpose(1, 2)  # (64, V, T)
+        losses.append(F.cross_entropy(logits, part[:, 1:], reduction="none").cpu())
+    return torch.cat(losses), rows[:, 1:].cpu()
 
 
 # ------------------------ training
@@ -650,7 +654,7 @@ def train_missing(runs, train_one, headline, path, args):
             append_record(path, records[run])
             bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
     wanted = {run: records[run] for run in runs if run in records}
-    require(wanted, f"{path} has no results for these settings: leave out --plot_only")
+    require(wanted, f"{path} has no results for these settings and data: leave out --plot_only")
     return wanted
 
 
@@ -682,13 +686,15 @@ def parse_flags(script, doc, presets, argv, more=()):
     if args.device == "auto":
         args.device = "cuda" if "cuda" in devices else "cpu"
     if args.jobs is None:
-        args.jobs = os.cpu_count() if args.device == "cpu" else 1
+        args.jobs = min(os.cpu_count(), 61) if args.device == "cpu" else 1  # 61: Windows' most
     require(args.jobs > 0, f"jobs is {args.jobs}: give 1 or more")
     require(args.seeds > 0, f"seeds is {args.seeds}: give 1 or more")
+    args.arms = list(dict.fromkeys(args.arms))  # each once
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out_dir: {error}; name a folder that can be written") from error
+    require(os.access(args.out_dir, os.W_OK), f"--out_dir {args.out_dir} cannot be written")
     machine = platform.machine()
     if args.device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, TF32"
@@ -725,7 +731,7 @@ def print_table(title, header, rows, caption):
     table = Table(*header, title=title, caption=caption)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 110, markup=False).print(table)
 
 
 # fmt: off
@@ -752,7 +758,7 @@ def draw_lines(ax, x, lines, **labels):
         mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)
         ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5)
         ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-        ends.append((mean[-1], arm, colour))
+        ends.append((mean[np.isfinite(mean)][-1], arm, colour))
     ax.set(**labels)
     for y, arm, colour in sorted(ends):
         height = max(height + 0.07, (ax.transData - ax.transAxes).transform((x[0], y))[1])
@@ -864,7 +870,8 @@ def plot_passage(found, args, caption):
     if not all(path.exists() for path in paths):
         return
     vanilla, myopic = (np.load(path) for path in paths)
-    gap, tokens = myopic["losses"] - vanilla["losses"], vanilla["tokens"]
+    gap = np.pad(myopic["losses"] - vanilla["losses"], ((0, 0), (0, 1)))  # (N, T + 1)
+    tokens = np.pad(vanilla["tokens"], ((0, 0), (0, 1)), constant_values="│")  # parts windows
     letters = "".join(tokens.flat).replace("\n", "¶")
     tint = np.repeat(gap.ravel(), np.char.str_len(tokens).ravel())  # a token's letters are alike
     rows, columns, start = 12, 80, letters.find(" ") + 1  # begin at a word
@@ -875,7 +882,11 @@ def plot_passage(found, args, caption):
     for n, letter in enumerate(letters[start:][: rows * columns]):
         ax.text(n % columns, n // columns, letter, **style)
     fig.colorbar(ax.images[0], label="loss: myopic − vanilla (nats)")
-    ax.set(title="Held-out text: red where planning ahead helped", xticks=[], yticks=[])
+    ax.set(
+        title="Held-out text, bars between windows: red where the myopic model loses",
+        xticks=[],
+        yticks=[],
+    )
     save_figure(fig, args.out_dir / "text_passage.png", caption)
 
 
@@ -942,6 +953,7 @@ def bench(args):
     """Time the attention sublayer in every way, and a whole training step in every arm."""
     n_layer, n_head, C, tokens, step_T = 6, 6, 384, 4096, 256
     if args.device == "cuda":  # GPT-2 124M
+        torch.set_float32_matmul_precision("high")
         n_layer, n_head, C, tokens, step_T = 12, 12, 768, 16384, 1024
     arms, rows = ["vanilla", "myopic", "myopic_kv", "horizon_4"], []
     ways = [*arms, "two streams", "torch's own"]

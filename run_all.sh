@@ -56,7 +56,7 @@ EOF
 presets=("demo" "$("$python" -c 'import torch; print("full" if torch.cuda.is_available() else "quick")')")
 case " $* " in *" --preset"*) presets=("") ;; esac
 for preset in "${presets[@]}"; do
-    for script in synthetic.py myopic_gpt.py; do
+    for script in myopic_gpt.py synthetic.py; do # the second draws gradients of the first's models
         echo "== $script ${preset:+--preset $preset} $*"
         "$python" "$here/$script" ${preset:+--preset "$preset"} "$@"
     done

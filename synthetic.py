@@ -244,7 +244,7 @@ def patch(model, run, count, device):
     for i in range(K):
         asked = x[rows, n + i, 1] == 1
         got, want = move[rows, n + i][asked], due[asked]
-        slopes.append(((got @ want) / (want @ want)).item())
+        slopes.append(((got @ want) / (want @ want + 1e-12)).item())
         correlations.append(((got @ want) / (got.norm() * want.norm() + 1e-12)).item())
     return slopes, correlations
 
@@ -451,9 +451,9 @@ def plot_evidence(found, out_dir):
         for arm in arms_of(found)
     }
     left.axhline(1, color="#999999", linewidth=0.8)
-    mg.draw_lines(left, [step for step, _ in record["curve"]], curves)
+    mg.draw_lines(left, [step for step, _ in record["curve"]], curves, ylim=(0, 1.6))
     ends = [f"{arm} {np.mean(per_seed(found, arm, 'ratio')):.2f}" for arm in arms_of(found)]
-    left.set(title=f"Loss, of the trivial predictor's: {', '.join(ends[:2])}", ylim=(0, 1.6))
+    left.set(title=f"Loss, of the trivial predictor's: {', '.join(ends[:2])}")
     left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
     for layer, ax in ((1, middle), (2, right)):
         shown = {a: [r2[layer] for r2 in per_seed(found, a, "probe_r2")] for a in arms_of(found)}
@@ -462,7 +462,8 @@ def plot_evidence(found, out_dir):
         ax.set(xlabel="lookback i of sin(b·x)", ylabel="R² of the probe", xticks=range(0, K, 5))
         ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0, label="what the answer needs")
     middle.legend(fontsize=7)
-    mg.save_figure(fig, out_dir / "precache.png", about(found))
+    caption = "\nloss of the true task: it rises while training is on the easier one (smaller b)"
+    mg.save_figure(fig, out_dir / "precache.png", about(found) + caption)
 
 
 def plot_sine(found, arrays, out_dir):
@@ -506,7 +507,7 @@ def plot_sequence(found, models, out_dir):
     low.set(xlabel=f"position n; an answer is the sum of the {run.a} sines before it")
     low.set_ylabel("answer")
     for ax in (middle, low):
-        ax.legend(fontsize=7, ncols=3, loc="upper right")
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     caption = f"held out; p = {run.p:g}, seed {run.seed}"
     mg.save_figure(fig, out_dir / "precache_sequence.png", caption)
 
@@ -523,7 +524,7 @@ def plot_patch(found, out_dir):
     inside = np.mean([slope[1 : run.a + 1] for slope in lines[run.arm]])
     ax.set_title(f"Exchange layer 1 at one position: {run.arm}'s answers move {inside:.2f} of due")
     ax.legend(fontsize=7)
-    caption = "shaded: the answers that sum that sine; " + about(found)
+    caption = "shaded: the answers that sum that sine\n" + about(found)
     mg.save_figure(fig, out_dir / "precache_patch.png", caption)
 
 
@@ -617,7 +618,8 @@ def variants(base, path):
     for run, record in mg.read_records(path, SineRun).items():
         new = {f.name: getattr(run, f.name) for f in fields(run)}
         differing = [name for name, value in new.items() if value != getattr(base, name)]
-        if differing and (run.arm, run.seed, run.p) == (base.arm, base.seed, base.p):
+        task = all(new[name] == getattr(base, name) for name in ("arm", "seed", "p", "a", "b"))
+        if differing and task and run.block_size == base.block_size:
             others[", ".join(f"{name} {new[name]}" for name in differing)] = record
     return others
 
@@ -635,7 +637,7 @@ def plot_trap(found, others, out_dir):
 
 
 def draw_film(found, arrays, path):
-    """precache.gif: the probe's dots bend into the sine while vanilla trains, myopic's do not."""
+    """precache.gif: what the probe reads in layer 1 while both models train, and the losses."""
     run = next(iter(found))
     shown = {arm: arrays[arm]["film"] for arm in ("vanilla", "myopic")}
     curves = {arm: found[replace(run, arm=arm)]["curve"] for arm in shown}
@@ -656,7 +658,8 @@ def draw_film(found, arrays, path):
             low.plot(*np.transpose(curves[arm]), color="#dddddd")
             low.plot(*np.transpose(curves[arm][: n + 1]), color=colour)
             low.axvline(step, color="#999999", linewidth=0.8)
-            low.set(xlabel="training steps", ylabel="loss / trivial", ylim=(0, 1.6))
+            low.set(xlabel="training steps", ylim=(0, 1.6))
+        axes[1, 0].set_ylabel("loss / trivial")
 
     frame(0)
     fig.canvas.draw()
@@ -668,21 +671,21 @@ def draw_film(found, arrays, path):
 
 def plot_by_p(found, out_dir):
     """Huber loss over p for every arm against p, beside the paper's where the task agrees."""
-    ps = sorted({run.p for run in found})
-    fig, ((ax,),) = mg.new_figure(width=5.5, height=3.8)
+    ps, lines = sorted({run.p for run in found}), {}
     for arm in arms_of(found):
-        by_p = [
-            per_seed({r: v for r, v in found.items() if r.p == p}, arm, "huber_over_p") for p in ps
-        ]
+        same = {run: record for run, record in found.items() if run.arm == arm}
+        by_p = [[r["huber_over_p"] for run, r in same.items() if run.p == p] for p in ps]
         fewest = min(map(len, by_p))
         if fewest:
-            mg.draw_lines(ax, ps, {arm: np.transpose([runs[:fewest] for runs in by_p])})
-        if is_papers_task(next(iter(found))):
+            lines[arm] = np.transpose([losses[:fewest] for losses in by_p])  # (seeds, ps)
+    fig, ((ax,),) = mg.new_figure(width=5.5, height=3.8)
+    if is_papers_task(next(iter(found))):
+        for arm in lines:
             stars = [PAPER.get(p, {}).get(arm) for p in ps]
-            ax.plot(ps, stars, "*", markersize=10, markerfacecolor="none", color="k")
-    ax.set(xscale="log", yscale="log", xlabel="p: how often the answer needs the sines")
-    ax.set(ylabel="Huber loss / p", title="The cost of not planning ahead (stars: the paper)")
-    mg.save_figure(fig, out_dir / "precache_p.png", "")
+            ax.plot(ps, stars, "*", markersize=10, markerfacecolor="none", color=mg.LOOKS[arm][0])
+    mg.draw_lines(ax, ps, lines, xscale="log", yscale="log", ylabel="Huber loss / p")
+    ax.set(title="Loss by p", xlabel="p: how often the answer needs the sines")
+    mg.save_figure(fig, out_dir / "precache_p.png", "stars, if any: the paper, one seed")
 
 
 def is_papers_task(run):
@@ -703,7 +706,8 @@ def report(found, args):
         path = mg.arrays_path(args.out_dir, run)
         if path.exists():
             arrays[run.arm] = np.load(path)
-            models[run.arm] = load_weights(make_model(run), arrays[run.arm])
+            if "weights.lm_head.weight" in arrays[run.arm]:  # not of a model above 1 MB
+                models[run.arm] = load_weights(make_model(run), arrays[run.arm])
     plot_evidence(shown, args.out_dir)
     plot_patch(shown, args.out_dir)
     if vanilla is not None:
@@ -717,9 +721,10 @@ def report(found, args):
             mg.print_table("Other recipes, vanilla, first seed", header, rows, "")
     if {"vanilla", "myopic"} <= arrays.keys():
         plot_sine(first, arrays, args.out_dir)
+        draw_film(first, arrays, args.out_dir / "precache.gif")
+    if "vanilla" in models:
         plot_sequence(first, models, args.out_dir)
         plot_gradients(first, models, args.out_dir)
-        draw_film(first, arrays, args.out_dir / "precache.gif")
     plot_text_gradients(args.out_dir)
     if len({run.p for run in found}) > 2:
         plot_by_p(found, args.out_dir)
