@@ -194,8 +194,8 @@ def near_gradients(G, q, k, v, out, lse, horizon, first=0):
         k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
         P = (s * rowdot(q_i, k_j) - lse[:, :, lag:T]).exp()  # (B, nh, T - lag)
         dS = P * (rowdot(G_i, v_j) - G_dot_out[:, :, lag:])  # (B, nh, T - lag)
-        dk[:, :, : T - lag] += (s * dS).to(q.dtype)[..., None] * q_i
-        dv[:, :, : T - lag] += P.to(q.dtype)[..., None] * G_i
+        dk[:, :, : T - lag].addcmul_((s * dS).to(q.dtype)[..., None], q_i)
+        dv[:, :, : T - lag].addcmul_(P.to(q.dtype)[..., None], G_i)
     return dk, dv
 
 

@@ -344,15 +344,17 @@ def position_losses(model, state, y):
     return F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
 
 
-def gradient_table(model, x, y, layer):
-    """Entry (i, j): root mean square, over sequences and channels, of the gradient of the loss at i
-    with respect to the residual stream after `layer` blocks at j. One backward pass per row."""
+def gradient_tables(model, x, y):
+    """Two tables (2, T, T): of the residual stream's embedding, and of its state after layer 1.
+
+    Entry (i, j): root mean square, over sequences and channels, of the gradient of the loss at i
+    with respect to the state at j. One backward pass per row."""
     states, rows = model.hidden_states(x), []
     losses = position_losses(model, states[-1], y)  # (B, T)
     for i in range(x.size(1)):
-        (d_state,) = torch.autograd.grad(losses[:, i].sum(), states[layer], retain_graph=True)
-        rows.append(d_state.square().mean((0, 2)).sqrt())  # (T,)
-    return torch.stack(rows).numpy()
+        d_states = torch.autograd.grad(losses[:, i].sum(), states[:2], retain_graph=True)
+        rows.append(torch.stack(d_states).square().mean((1, 3)).sqrt())  # (2, T)
+    return torch.stack(rows, dim=1).numpy()
 
 
 def gradients_by_lag(model, x, y):
@@ -539,13 +541,13 @@ def draw_table(ax, table, title):
 def plot_gradients(found, models, out_dir):
     """Whom the gradient serves: one trained model, the backward passes of three arms."""
     run, model = next(iter(found)), models["vanilla"]
-    x, y = draw(run, 256, 60_000)
+    x, y = draw(run, 64, 60_000)
     fig, axes = mg.new_figure(3, 2, width=3.6, height=3.2)
-    for row, layer in zip(axes, (0, 1)):
-        for ax, arm in zip(row, ("vanilla", "horizon_4", "myopic")):
-            vars(model.config).update(mg.arm_fields(arm))  # every block shares this config
-            where = f"after layer {layer}" if layer else "embedding"
-            image = draw_table(ax, gradient_table(model, x, y, layer), f"{arm}, {where}")
+    for (top, low), arm in zip(axes.T, ("vanilla", "horizon_4", "myopic")):
+        vars(model.config).update(mg.arm_fields(arm))  # every block shares this config
+        embedding, layer_1 = gradient_tables(model, x, y)
+        draw_table(top, embedding, f"{arm}, embedding")
+        image = draw_table(low, layer_1, f"{arm}, after layer 1")
     vars(model.config).update(mg.arm_fields("vanilla"))
     fig.colorbar(image, ax=axes, label="gradient of loss i by the state at j, of the largest")
     caption = f"white: exactly zero; vanilla's weights, p = {run.p:g}, a = {run.a}, seed {run.seed}"
@@ -604,9 +606,9 @@ def plot_text_gradients(out_dir):
     start = lag_shares(model, x, y)
     load_weights(model, arrays)
     fig, axes = mg.new_figure(run.n_layer + 1, 2, width=4, height=3)
-    for ax, layer in zip(axes[:, -1], (0, 1)):
-        where = f"after layer {layer}" if layer else "embedding"
-        draw_table(ax, gradient_table(model, x, y, layer), f"vanilla, {where}")
+    embedding, layer_1 = gradient_tables(model, x, y)
+    draw_table(axes[0, -1], embedding, "vanilla, embedding")
+    draw_table(axes[1, -1], layer_1, "vanilla, after layer 1")
     draw_lags(axes[:, :-1], dict(start=[start], end=[lag_shares(model, x, y)]), x.size(1))
     caption = f"English, {run.max_iters} steps, vanilla, seed {run.seed}; tables: white is zero"
     mg.save_figure(fig, out_dir / "text_gradients.png", caption)
@@ -664,8 +666,9 @@ def draw_film(found, arrays, path):
     frame(0)
     fig.canvas.draw()
     fig.set_layout_engine("none")  # laid out once, not for every frame
-    film = FuncAnimation(fig, frame, frames=len(shown["vanilla"]), init_func=fig.canvas.draw)
-    mg.write_whole(path, functools.partial(film.save, writer=PillowWriter(fps=4)))
+    every_second = range(0, len(shown["vanilla"]), 2)
+    film = FuncAnimation(fig, frame, frames=every_second, init_func=fig.canvas.draw)
+    mg.write_whole(path, functools.partial(film.save, writer=PillowWriter(fps=2)))
     print(f"film {path}")
 
 
