@@ -627,14 +627,17 @@ def variants(base, path):
 
 
 def plot_trap(found, others, out_dir):
-    """Why the task is hard: a reader looks away from tokens whose sine is not ready yet."""
-    fig, ((left, right),) = mg.new_figure(2, width=5.6)
+    """Why the task is hard: a reader looks away from tokens whose sine is not ready yet. Beside the
+    runs themselves: that other recipe whose reader looks least at 1.5 < |x| < 2."""
+    fig, ((left, right),) = mg.new_figure(2, width=5.2)
+    caught = min(others, key=lambda name: others[name]["attention_by_x"][3], default=None)
     for ax, key in ((left, "attention_by_x"), (right, "probe_error_by_x")):
         lines = {"vanilla": per_seed(found, "vanilla", key)}
-        lines |= {name: [record[key]] for name, record in others.items()}
+        if caught is not None:
+            lines[caught] = [others[caught][key]]
         mg.draw_lines(ax, EDGES + 0.25, lines, xlabel="|x| of the token, in bins of 0.5")
-    left.set_title("Attention of block 2 to a token in the window")
-    right.set_title("Squared error of the sine in layer 1")
+    left.set(title="Block 2's attention to a token in the window", ylim=(0, None))
+    right.set_title("Squared error of layer 1's sine")
     mg.save_figure(fig, out_dir / "precache_trap.png", about(found))
 
 
