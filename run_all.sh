@@ -53,11 +53,11 @@ for script in (synthetic, myopic_gpt):
     with myopic_gpt.exit_status(script.__file__):
         script.flags(sys.argv[1:])
 EOF
-presets=("demo" "$("$python" -c 'import torch; print("full" if torch.cuda.is_available() else "quick")')")
-case " $* " in *" --preset"*) presets=("") ;; esac
-for preset in "${presets[@]}"; do
-    for script in myopic_gpt.py synthetic.py; do # the second draws gradients of the first's models
-        echo "== $script ${preset:+--preset $preset} $*"
-        "$python" "$here/$script" ${preset:+--preset "$preset"} "$@"
-    done
+big=$("$python" -c 'import torch; print("full" if torch.cuda.is_available() else "quick")')
+# The sines first in the demo, for they show most; else last, for they draw the texts' gradients, too.
+steps=("synthetic.py --preset demo" "myopic_gpt.py --preset demo" "myopic_gpt.py --preset $big" "synthetic.py --preset $big")
+case " $* " in *" --preset"*) steps=("myopic_gpt.py" "synthetic.py") ;; esac
+for step in "${steps[@]}"; do
+    echo "== $step $*"
+    "$python" "$here"/$step "$@"
 done
