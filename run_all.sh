@@ -6,6 +6,7 @@
 # Works from any folder. Needs Python 3.10 or newer; a virtual environment is made in .venv, unless the
 # current python has every package. Interrupted? The same command goes on after the last finished run.
 set -euo pipefail
+export PYTHONUNBUFFERED=1 # a line is seen when it is printed, in a log file, too
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 has_packages() { # does this python have everything, with torch 2.9 or newer?
