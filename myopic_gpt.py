@@ -476,8 +476,8 @@ class Optimizers:
 def train(model, optimizer, next_batch, run, tell, after_step=lambda done: None):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
-    tell((steps, loss)) hears of every ten steps, after_step(steps done) of each. Raises UsageError
-    if the loss is not finite."""
+    tell((steps, loss)) is called every ten steps, after_step(steps done) after each. Raises
+    UsageError if the loss is not finite."""
     device = next(model.parameters()).device.type
     peaks = [group["lr"] for group in optimizer.param_groups]
     rise, fall = run.warmup * run.max_iters, (1 - run.decay_from) * run.max_iters
