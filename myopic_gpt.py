@@ -20,7 +20,6 @@ way nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024
 
     python myopic_gpt.py --preset demo                # four arms once, in seconds
     python myopic_gpt.py                              # English, three seeds: minutes on two cores
-    python myopic_gpt.py --data book.txt --out_dir out/book
 
 Letters in shapes: B batch, T positions, C = n_embd channels, nh heads of size hs = C/nh, V tokens.
 The gradient of the loss with respect to X is called dX and has X's shape.
@@ -37,6 +36,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import signal
 import sys
@@ -112,8 +112,8 @@ class GPTConfig:
     def __post_init__(self):
         divides = self.n_head > 0 and self.n_embd % self.n_head == 0
         require(divides, f"n_embd is {self.n_embd}: make it a multiple of n_head {self.n_head}")
-        positive = self.horizon is None or self.horizon >= 0
-        require(positive, f"horizon is {self.horizon}: make it None, 0 or more")
+        near = self.horizon is None or self.horizon >= 0
+        require(near, f"horizon is {self.horizon}: make it None, 0 or more")
         require(self.cut in ("hidden", "kv"), f"cut is {self.cut!r}: choose 'hidden' or 'kv'")
         require(self.past in ("own", "frozen", "zero"), f"past is {self.past!r}: see ARMS")
 
@@ -187,13 +187,12 @@ def near_gradients(G, q, k, v, out, lse, horizon, first=0):
     One shifted diagonal per lag i - j, of P_ij = exp(s q_i.k_j - lse_i), and no (T, T) matrix:
     horizon 0 is a few sweeps over q. Shapes as above -> dk, dv (B, nh, T, hs)."""
     T, s = q.size(2), 1 / math.sqrt(q.size(-1))
-    G_dot_out = rowdot(G, out)  # (B, nh, T)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for lag in range(first, min(horizon, T - 1) + 1):
-        q_i, G_i = q[:, :, lag:], G[:, :, lag:]  # (B, nh, T - lag, hs)
+        q_i, G_i, O_i = (t[:, :, lag:] for t in (q, G, out))  # (B, nh, T - lag, hs)
         k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
         P = (s * rowdot(q_i, k_j) - lse[:, :, lag:T]).exp()  # (B, nh, T - lag)
-        dS = P * (rowdot(G_i, v_j) - G_dot_out[:, :, lag:])  # (B, nh, T - lag)
+        dS = P * rowdot(G_i, v_j - O_i)  # (B, nh, T - lag)
         dk[:, :, : T - lag].addcmul_((s * dS).to(q.dtype)[..., None], q_i)
         dv[:, :, : T - lag].addcmul_(P.to(q.dtype)[..., None], G_i)
     return dk, dv
@@ -408,42 +407,39 @@ def two_stream_attention(x, past_x, w, b, n_head):
 
 
 # ------------------------ text
-def python_documents():
-    """The English that ships with Python: the library's docstrings and pydoc's help topics."""
+def python_english():
+    """The English that ships with Python: docstrings of its modules and pydoc's help topics."""
     from pydoc_data.topics import topics
 
-    library, documents = Path(ast.__file__).parent, []
-    left_out = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "site-packages"}
-    for path in sorted(library.rglob("*.py")):
-        if left_out.isdisjoint(path.relative_to(library).parts):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                    documents.append(ast.get_docstring(node) or "")
-    documents += [topics[name] for name in sorted(topics)]
-    return [d for d in dict.fromkeys(documents) if "\n" in d]  # no doubles, no one-liners
+    documents = set(topics.values())
+    for path in Path(ast.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                documents.add(ast.get_docstring(node) or "")
+    shuffled = random.Random(0).sample(sorted(documents), len(documents))  # always the same way
+    paragraphs = "\n\n".join(shuffled).split("\n\n")
+    return "\n\n".join(dict.fromkeys(paragraphs))  # each once: none is trained on and held out
 
 
-def load_text(files, kind, vocab_size):
-    """-> ids to train on, ids held out (1-d, int32), vocabulary: bytes, or training's top words.
-
-    Held out is the last tenth; without files, every tenth document of Python's own English."""
+def load_text(files, run):
+    """Text in UTF-8 -> ids to train on, ids of the last tenth, held out (1-d, int32), and the
+    vocabulary: all bytes, or training's most frequent words."""
     try:
-        whole = "\n\n".join(Path(name).read_text("utf-8") for name in files)
-        train, held_out = whole[: len(whole) * 9 // 10], whole[len(whole) * 9 // 10 :]
-        if not files:
-            documents = python_documents()
-            train = "\n\n".join(d for n, d in enumerate(documents) if n % 10)
-            held_out = "\n\n".join(documents[::10])
+        text = "\n\n".join(Path(name).read_text("utf-8") for name in files) or python_english()
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--data {' '.join(files)}: {error}; name UTF-8 files") from error
-    if kind == "byte":
+    train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    if run.tokens == "byte":
+        vocabulary = [chr(n) for n in range(256)]
         ids = [np.array(list(part.encode()), dtype=np.int32) for part in (train, held_out)]
-        return *ids, [chr(n) for n in range(256)]
-    words = [re.findall(r"\w+|[^\w\s]", part) for part in (train, held_out)]
-    frequent = collections.Counter(words[0]).most_common(vocab_size - 1)
-    vocabulary = ["<unk>"] + [word for word, _ in frequent]
-    place = {word: n for n, word in enumerate(vocabulary)}
-    ids = [np.array([place.get(word, 0) for word in part], dtype=np.int32) for part in words]
+    else:
+        words = [re.findall(r"\w+|[^\w\s]", part) for part in (train, held_out)]
+        frequent = collections.Counter(words[0]).most_common(run.vocab_size - 1)
+        vocabulary = ["<unk>"] + [word for word, _ in frequent]
+        place = {word: n for n, word in enumerate(vocabulary)}
+        ids = [np.array([place.get(word, 0) for word in part], dtype=np.int32) for part in words]
+    shortest = min(map(len, ids))
+    require(run.block_size < shortest, f"block_size is {run.block_size}: the text is too short")
     return *ids, vocabulary
 
 
@@ -519,12 +515,12 @@ class Run:
     n_embd: int = setting(96, "channels, C", 1)
     batch_size: int = setting(16, "sequences per step", 1)
     max_iters: int = setting(700, "steps", 1)
-    learning_rate: float = setting(6e-3, "AdamW's peak")
+    learning_rate: float = setting(8e-3, "AdamW's peak")
     beta1: float = setting(0.9, "AdamW's", most=0.9999)
     beta2: float = setting(0.95, "AdamW's", most=0.9999)
     weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
     muon: str = setting(".h.", "Muon trains the blocks' matrices with this in their name")
-    muon_rate: float = setting(6e-3, "Muon's peak")
+    muon_rate: float = setting(8e-3, "Muon's peak")
     muon_decay: float = setting(0.1, "Muon's weight decay")
     warmup: float = setting(0.05, "share of the steps in which the rates rise", most=0.99)
     decay_from: float = setting(0.5, "share of the steps after which they fall", most=0.99)
@@ -581,14 +577,14 @@ def arrays_path(out_dir, run):
 
 def start_worker(queue):
     """In a worker: Ctrl-C is the parent's, the worker ends with it, news go into the queue."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     multiprocessing.current_process().tell = queue.put
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def work(train_one, run, device, tell=None):
@@ -731,7 +727,7 @@ def print_table(title, header, rows, caption):
     table = Table(*header, title=title, caption=caption)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
 
 
 # fmt: off
@@ -864,29 +860,23 @@ def plot_gaps(found, path, caption):
 
 
 def plot_passage(found, args, caption):
-    """A held-out passage, every letter tinted by what the myopic model loses there."""
+    """Held-out windows, one a row, every token tinted by what the myopic model loses there."""
     run = replace(next(iter(found)), seed=args.seed)
     paths = [arrays_path(args.out_dir, replace(run, arm=arm)) for arm in ("vanilla", "myopic")]
     if not all(path.exists() for path in paths):
         return
     vanilla, myopic = (np.load(path) for path in paths)
-    gap = np.pad(myopic["losses"] - vanilla["losses"], ((0, 0), (0, 1)))  # (N, T + 1)
-    tokens = np.pad(vanilla["tokens"], ((0, 0), (0, 1)), constant_values="│")  # parts windows
-    letters = "".join(tokens.flat).replace("\n", "¶")
-    tint = np.repeat(gap.ravel(), np.char.str_len(tokens).ravel())  # a token's letters are alike
-    rows, columns, start = 12, 80, letters.find(" ") + 1  # begin at a word
+    tokens, gap = vanilla["tokens"], myopic["losses"] - vanilla["losses"]  # (N, T)
+    rows = np.flatnonzero(np.char.endswith(tokens[:, 0], " "))[:12]  # they begin at a word
+    columns = slice(run.block_size if run.tokens == "byte" else 12)
     fig, ((ax,),) = new_figure(width=10, height=3.6)
-    grid = np.resize(tint[start:], (rows, columns))
-    ax.imshow(grid, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    ax.imshow(gap[rows, columns], cmap="RdBu_r", vmin=-3, vmax=3, alpha=0.7, aspect="auto")
     style = dict(family="monospace", ha="center", va="center", parse_math=False)
-    for n, letter in enumerate(letters[start:][: rows * columns]):
-        ax.text(n % columns, n // columns, letter, **style)
+    for (row, column), token in np.ndenumerate(tokens[rows, columns]):
+        ax.text(column, row, token.replace("\n", "¶"), **style)
     fig.colorbar(ax.images[0], label="loss: myopic − vanilla (nats)")
-    ax.set(
-        title="Held-out text, bars between windows: red where the myopic model loses",
-        xticks=[],
-        yticks=[],
-    )
+    ax.set(title="Held-out text, a window in each row: red where the myopic model loses")
+    ax.set(xlabel="position in the window", yticks=[])
     save_figure(fig, args.out_dir / "text_passage.png", caption)
 
 
@@ -898,7 +888,7 @@ def report(found, args):
     about += f"{run.block_size} {run.tokens}s, mean ± standard deviation of {seeds} seed(s)"
     if gaps(found, "myopic"):
         plot_gaps(found, args.out_dir / f"text_gaps_{run.tokens}.png", about)
-        plot_passage(found, args, about)
+        plot_passage(found, args, f"{run.max_iters} steps, seed {args.seed}")
     rows, whole = [], gaps(found, "bigram")
     for arm in dict.fromkeys(run.arm for run in found):
         records = [record for run, record in found.items() if run.arm == arm]
@@ -990,11 +980,8 @@ def main(argv=None):
         args = flags(argv)
         if args.bench:
             return bench(args)
-        text = load_text(args.data, args.run.tokens, args.run.vocab_size)
-        ids, held_out, vocabulary = text
+        ids, held_out, vocabulary = text = load_text(args.data, args.run)
         print(f"text: {len(ids):,} {args.run.tokens}s to train on, {len(held_out):,} held out")
-        too_long = f"block_size is {args.run.block_size}: the text is too short for it"
-        require(args.run.block_size < min(len(ids), len(held_out)), too_long)
         digest = hashlib.sha256(np.concatenate([ids, held_out])).hexdigest()
         base = replace(args.run, vocab_size=len(vocabulary), data_sha256=digest)
         seeds = range(args.seed, args.seed + args.seeds)

@@ -116,9 +116,10 @@ def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0
 
 
 def draw(run, count, seed, device="cpu"):
-    """`count` sequences of the run's own task; the same for the same seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return sample_batch(count, run.block_size, run.p, run.a, run.b, generator)
+    """`count` sequences of the run's own task; the same for the same seed, on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = sample_batch(count, run.block_size, run.p, run.a, run.b, generator)
+    return x.to(device), y.to(device)
 
 
 def trivial_prediction(x):
@@ -231,10 +232,10 @@ def patch(model, run, count, device):
     the answer's move with that, for i = 0 .. K - 1."""
     x, _ = draw(run, count, 30_000, device)
     K, rows = min(LOOKBACKS, run.block_size // 2), torch.arange(count, device=device)
-    generator = torch.Generator(device).manual_seed(30_001)
-    n = torch.randint(run.block_size - K, (count,), generator=generator, device=device)
+    generator = torch.Generator().manual_seed(30_001)
+    n = torch.randint(run.block_size - K, (count,), generator=generator).to(device)
     other = x.clone()
-    other[rows, n, 0] = torch.randn(count, generator=generator, device=device)
+    other[rows, n, 0] = torch.randn(count, generator=generator).to(device)
     state = model.hidden_states(x)[1]  # (B, T, C)
     patched = state.clone()
     patched[rows, n] = model.hidden_states(other)[1][rows, n]
@@ -286,7 +287,7 @@ def train_sine(run, device, tell):
     """Train one model -> the model, the numbers of its record, arrays for pictures."""
     model = make_model(run).to(device)
     x, y = draw(run, run.eval_sequences, 10_000, device)
-    batches = torch.Generator(device).manual_seed(1_000 + run.seed)
+    batches = torch.Generator().manual_seed(1_000 + run.seed)
     r2_untrained, _, estimate_untrained = probe_model(model, run, run.b, len(x), device)
     patch_untrained, _ = patch(model, run, len(x), device)
     curve, film, gradient_parts = [], [], []
@@ -294,7 +295,8 @@ def train_sine(run, device, tell):
 
     def next_batch(step):  # the same in every arm
         b, p, x_std = curriculum(run, step)
-        return sample_batch(run.batch_size, run.block_size, p, run.a, b, batches, x_std)
+        x, y = sample_batch(run.batch_size, run.block_size, p, run.a, b, batches, x_std)
+        return x.to(device), y.to(device)
 
     def after_step(step):
         if step % max(1, run.max_iters // 24) == 0:
@@ -436,10 +438,11 @@ def draw_bars(ax, lines, **labels):
     """{name: [y of each seed]} -> bars side by side at 0, 1, 2, ...: mean, standard deviation."""
     width = 0.8 / len(lines)
     for n, (arm, runs) in enumerate(lines.items()):
-        colour, _, _ = mg.LOOKS[arm]
+        colour, _, marker = mg.LOOKS[arm]
         y = np.array(runs)  # (seeds, K)
         at, sd = np.arange(y.shape[1]) + (n + 0.5) * width - 0.4, y.std(0, ddof=len(y) > 1)
         ax.bar(at, y.mean(0), width, yerr=sd, color=colour, label=arm, error_kw=dict(lw=0.8))
+        ax.plot(at, y.mean(0), marker, markersize=2, color=colour)  # a bar of 0 is seen, too
     ax.set(**labels)
 
 
@@ -455,12 +458,12 @@ def plot_evidence(found, out_dir):
     left.axhline(1, color="#999999", linewidth=0.8)
     mg.draw_lines(left, [step for step, _ in record["curve"]], curves, ylim=(0, 1.6))
     ends = [f"{arm} {np.mean(per_seed(found, arm, 'ratio')):.2f}" for arm in arms_of(found)]
-    left.set(title=f"Loss, of the trivial predictor's: {', '.join(ends[:2])}")
+    left.set_title(f"Who learns it: {', '.join(ends[:2])}")
     left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
     for layer, ax in ((1, middle), (2, right)):
         shown = {a: [r2[layer] for r2 in per_seed(found, a, "probe_r2")] for a in arms_of(found)}
         shown["untrained"] = [r["probe_r2_untrained"][layer] for r in found.values()]
-        draw_bars(ax, shown, title=f"After layer {layer}: sines that a probe reads")
+        draw_bars(ax, shown, title=f"Which sines layer {layer} leaves")
         ax.set(xlabel="lookback i of sin(b·x)", ylabel="R² of the probe", xticks=range(0, K, 5))
         ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0, label="what the answer needs")
     middle.legend(fontsize=7)
@@ -493,9 +496,9 @@ def plot_sequence(found, models, out_dir):
     sines, n = torch.sin(run.b * x[..., 0]), np.arange(run.block_size)
     fig, axes = mg.new_figure(1, 3, width=11, height=2, sharex=True)
     (top,), (middle,), (low,) = axes
-    top.bar(n, x[0, :, 0], color="#999999")
-    middle.bar(n, sines[0], color="#dddddd", label="true")
-    low.bar(n, y[0], color="#dddddd", label="needed")
+    top.bar(n, x[0, :, 0].numpy(), color="#999999")
+    middle.bar(n, sines[0].numpy(), color="#dddddd", label="true")
+    low.bar(n, y[0].numpy(), color="#dddddd", label="needed")
     for arm, model in models.items():
         colour, _, marker = mg.LOOKS[arm]
         with torch.no_grad():
@@ -538,10 +541,8 @@ def draw_table(ax, table, title):
     return image
 
 
-def plot_gradients(found, models, out_dir):
+def plot_gradients(model, x, y, path, caption):
     """Whom the gradient serves: one trained model, the backward passes of three arms."""
-    run, model = next(iter(found)), models["vanilla"]
-    x, y = draw(run, 64, 60_000)
     fig, axes = mg.new_figure(3, 2, width=3.6, height=3.2)
     for (top, low), arm in zip(axes.T, ("vanilla", "horizon_4", "myopic")):
         vars(model.config).update(mg.arm_fields(arm))  # every block shares this config
@@ -550,48 +551,54 @@ def plot_gradients(found, models, out_dir):
         image = draw_table(low, layer_1, f"{arm}, after layer 1")
     vars(model.config).update(mg.arm_fields("vanilla"))
     fig.colorbar(image, ax=axes, label="gradient of loss i by the state at j, of the largest")
-    caption = f"white: exactly zero; vanilla's weights, p = {run.p:g}, a = {run.a}, seed {run.seed}"
-    mg.save_figure(fig, out_dir / "precache_gradients.png", caption)
+    fig.suptitle("Which losses pull at position j: all later ones, near ones, its own")
+    mg.save_figure(fig, path, f"white: exactly zero; vanilla's weights; {caption}")
 
 
-def draw_lags(axes, stages, T):
-    """Signed shares by lag, a row for W_K and one for W_V, a column per layer.
-
-    stages: {"start": shares of every seed, "end": ...} as lag_shares gives them."""
-    lags = np.arange(T)
-    for row, matrix in enumerate(("W_K", "W_V")):
-        for layer, ax in enumerate(axes[row]):
-            for stage, style in (("start", ":"), ("end", "-")):
-                shares = np.array(stages[stage])[:, layer, row, 0]  # (seeds, T)
-                ax.plot(lags, shares.mean(0), style, color="#0072B2", label=f"at the {stage}")
-            counted = (T - lags) / (T * (T + 1) / 2)
-            ax.plot(lags, counted, "--", color="#999999", label="counting terms")
-            ax.set(title=f"{matrix}, layer {layer + 1}", xlabel="lag: reader − writer")
+def plot_lags(shares, path, caption, parts=None):
+    """Whom W_K and W_V serve, by lag: figure and table; shares: of every seed, {"start": what
+    lag_shares gives, "end": ...}. parts: the two parts of the gradient while training."""
+    stages = {stage: np.array([share[stage] for share in shares]) for stage in ("start", "end")}
+    _, layers, _, _, T = stages["end"].shape  # (seeds, L, W_K or W_V, signed or size, T)
+    counted = (T - np.arange(T)) / (T * (T + 1) / 2)
+    fig, axes = mg.new_figure(layers + (parts is not None), 2, width=4.2, height=3)
+    rows = [["counting terms", *lag_sums(counted[None])]]
+    for layer, row in np.ndindex(layers, 2):
+        ax, name = axes[row, layer], f"W_{'KV'[row]}, layer {layer + 1}"
+        for stage, style in (("start", ":"), ("end", "-")):
+            signed = stages[stage][:, layer, row, 0]  # (seeds, T)
+            mean, sd = signed.mean(0), signed.std(0, ddof=len(signed) > 1)
+            ax.plot(mean, style, color="#0072B2", label=f"at the {stage}")
+            ax.fill_between(range(T), mean - sd, mean + sd, color="#0072B2", alpha=0.2, lw=0)
+            rows.append([f"{name}, {stage}", *lag_sums(signed)])
+        ax.plot(counted, "--", color="#999999", label="counting terms")
+        ax.set(title=name, xlabel="lag: reader − writer")
     axes[0, 0].set_ylabel("share of the gradient")
     axes[0, 0].legend(fontsize=7)
+    if parts is not None:
+        draw_parts(*axes[:, -1], *parts)
+    fig.suptitle("Trained (solid): from readers that need a state, not from all alike (grey)")
+    mg.save_figure(fig, path, f"vanilla; signed shares, they add up to 1; {caption}")
+    header = ["share of the gradient", "of itself", "of readers 1–4 later", "1–10 later"]
+    mg.print_table("Whom W_K and W_V serve", header, rows, caption)
 
 
-def plot_lags(found, out_dir):
-    """Whom W_K and W_V serve by lag, and the two parts of the gradient while training."""
-    run = next(iter(found))
-    fig, axes = mg.new_figure(run.n_layer + 1, 2, width=4.2, height=3)
-    shares = per_seed(found, "vanilla", "lag_share")
-    stages = {stage: [share[stage] for share in shares] for stage in ("start", "end")}
-    draw_lags(axes[:, :-1], stages, run.block_size)
-    parts = np.array(per_seed(found, "vanilla", "gradient_parts")).mean(0)  # (points, 4)
-    steps, diagonal, rest, cosine = parts.T
-    axes[0, -1].plot(steps, diagonal, "--", color="#D55E00", label="diagonal: own losses")
-    axes[0, -1].plot(steps, rest, color="#0072B2", label="the rest: later losses")
-    axes[0, -1].set(title="Two parts of the gradient", yscale="log", ylabel="norm")
-    axes[0, -1].legend(fontsize=7)
-    axes[1, -1].plot(steps, cosine, color="k")
-    axes[1, -1].set(title="Do they agree?", ylabel="cosine", xlabel="training steps", ylim=(-1, 1))
-    caption = "vanilla; signed shares, they add up to 1; " + about(found)
-    mg.save_figure(fig, out_dir / "precache_lags.png", caption)
+def lag_sums(signed):
+    """Shares (seeds, T) -> cells: the sums over lag 0, lags 1 to 4, lags 1 to 10."""
+    return [mg.mean_sd(signed[:, lags].sum(1)) for lags in (slice(1), slice(1, 5), slice(1, 11))]
+
+
+def draw_parts(top, low, steps, diagonal, rest, cosine):
+    top.plot(steps, diagonal, "--", color="#D55E00", label="diagonal: own losses")
+    top.plot(steps, rest, color="#0072B2", label="the rest: later losses")
+    top.set(title="Two parts of the gradient", yscale="log", ylabel="norm")
+    top.legend(fontsize=7)
+    low.plot(steps, cosine, color="k")
+    low.set(title="Do they agree?", ylabel="cosine", xlabel="training steps", ylim=(-1, 1))
 
 
 def plot_text_gradients(out_dir):
-    """The same two pictures for the language model whose records are in this folder, if any."""
+    """The same two figures for the language model whose records are in this folder, if any."""
     records = mg.read_records(out_dir / "text.jsonl", mg.TextRun)
     runs = [run for run in records if run.arm == "vanilla" and run.tokens == "byte"]
     paths = [mg.arrays_path(out_dir, run) for run in runs]
@@ -605,13 +612,10 @@ def plot_text_gradients(out_dir):
     x, y = ids[:, :-1], ids[:, 1:]
     start = lag_shares(model, x, y)
     load_weights(model, arrays)
-    fig, axes = mg.new_figure(run.n_layer + 1, 2, width=4, height=3)
-    embedding, layer_1 = gradient_tables(model, x, y)
-    draw_table(axes[0, -1], embedding, "vanilla, embedding")
-    draw_table(axes[1, -1], layer_1, "vanilla, after layer 1")
-    draw_lags(axes[:, :-1], dict(start=[start], end=[lag_shares(model, x, y)]), x.size(1))
-    caption = f"English, {run.max_iters} steps, vanilla, seed {run.seed}; tables: white is zero"
-    mg.save_figure(fig, out_dir / "text_gradients.png", caption)
+    shares = [dict(start=start, end=lag_shares(model, x, y))]
+    caption = f"English, {run.max_iters} steps, seed {run.seed}"
+    plot_gradients(model, x, y, out_dir / "text_gradients.png", caption)
+    plot_lags(shares, out_dir / "text_lags.png", caption)
 
 
 def variants(base, path):
@@ -719,7 +723,9 @@ def report(found, args):
     if vanilla is not None:
         others = variants(vanilla, args.out_dir / "synthetic.jsonl")
         plot_trap(shown, others, args.out_dir)
-        plot_lags(shown, args.out_dir)
+        shares = per_seed(shown, "vanilla", "lag_share")
+        parts = np.array(per_seed(shown, "vanilla", "gradient_parts")).mean(0)  # (points, 4)
+        plot_lags(shares, args.out_dir / "precache_lags.png", about(shown), parts.T)
         if others:
             rows = [[name, *recipe_numbers(r)] for name, r in others.items()]
             rows.insert(0, ["this recipe", *recipe_numbers(first[vanilla])])
@@ -730,7 +736,10 @@ def report(found, args):
         draw_film(first, arrays, args.out_dir / "precache.gif")
     if "vanilla" in models:
         plot_sequence(first, models, args.out_dir)
-        plot_gradients(first, models, args.out_dir)
+        x, y = draw(vanilla, 64, 60_000)
+        caption = f"p = {vanilla.p:g}, a = {vanilla.a}, seed {vanilla.seed}"
+        path = args.out_dir / "precache_gradients.png"
+        plot_gradients(models["vanilla"], x, y, path, caption)
     plot_text_gradients(args.out_dir)
     if len({run.p for run in found}) > 2:
         plot_by_p(found, args.out_dir)
