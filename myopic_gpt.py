@@ -735,6 +735,7 @@ LOOKS = collections.defaultdict(lambda: ("k", "-", "."), {  # colour, line and m
     "vanilla": ("#0072B2", "-", "o"), "myopic": ("#D55E00", "--", "s"),
     "myopic_kv": ("#009E73", "-.", "^"), "local_myopic": ("#CC79A7", "-", "D"),
     "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x"),
+    "horizon_1": ("#E69F00", "-", "P"), "horizon_2": ("#56B4E9", "-", "X"),
 })
 # fmt: on
 

@@ -48,11 +48,11 @@ class SineRun(mg.Run):
     x_until: float = mg.setting(0.8, "share of the steps with x_wide", most=1)
     embd_std: float = mg.setting(0.1, "of the embedding at the start")
     wave_std: float = mg.setting(0.1, "of the positions at the start, sines and cosines")
-    eval_sequences: int = mg.setting(2048, "sequences that are evaluated", 2)
+    eval_sequences: int = mg.setting(2048, "sequences that are evaluated", 64)
 
     def __post_init__(self):
+        mg.require(0.01 <= self.p <= 1, f"p is {self.p}: give a number from 0.01 to 1")
         super().__post_init__()
-        mg.require(0 < self.p <= 1, f"p is {self.p}: give a number above 0, at most 1")
         mg.require(self.n_layer > 1, f"n_layer is {self.n_layer}: the task takes two layers")
         mg.require(self.a < self.block_size, f"a is {self.a}: make it less than block_size")
         mg.require(self.b_hold < self.b_full, f"b_hold is {self.b_hold}: make it less than b_full")
@@ -212,9 +212,8 @@ def probe_model(model, run, b, count, device):
 
     -> R^2 [layer][lookback], layer 0 the embedding, l that after block l; then for layer 1 and the
     position's own x: x (rows,), estimate (rows,)."""
-    (train, past), (test, past_test) = (
-        probe_rows(model, draw(run, count // 2, seed, device)[0]) for seed in (20_000, 20_001)
-    )
+    train, past = probe_rows(model, draw(run, count // 2, 20_000, device)[0])
+    test, past_test = probe_rows(model, draw(run, count // 2, 20_001, device)[0])
     r2 = []
     for X, X_test in zip(train, test):
         estimate = fit_probe(X, torch.sin(b * past))(X_test)
@@ -226,10 +225,11 @@ def probe_model(model, run, b, count, device):
 
 @torch.no_grad()
 def patch(model, run, count, device):
-    """Cause and effect: at one position n of each sequence, put in place of what block 1 left there
-    what the same model has there with another x. Answers i later that need the sine (z = 1) should
-    move by sin(b x') - sin(b x) for i = 1 .. a, and by nothing else. -> slope and correlation of
-    the answer's move with that, for i = 0 .. K - 1."""
+    """Cause and effect: at one position n of each sequence, put in place of the state after block 1
+    the one that the same model has there with another x. Answers i later that need the sine (z = 1)
+    should move by sin(b x') - sin(b x) for i = 1 .. a, and by nothing else. -> slope and
+    correlation of the answer's move with that, for i = 0 .. K - 1. (The state holds x, too: with
+    a = 1 a reader could take the sine itself; of ten x's at once, two layers cannot.)"""
     x, _ = draw(run, count, 30_000, device)
     K, rows = min(LOOKBACKS, run.block_size // 2), torch.arange(count, device=device)
     generator = torch.Generator().manual_seed(30_001)
@@ -291,7 +291,6 @@ def train_sine(run, device, tell):
     r2_untrained, _, estimate_untrained = probe_model(model, run, run.b, len(x), device)
     patch_untrained, _ = patch(model, run, len(x), device)
     curve, film, gradient_parts = [], [], []
-    lags = dict(start=lag_shares(model, x[:128], y[:128]))
 
     def next_batch(step):  # the same in every arm
         b, p, x_std = curriculum(run, step)
@@ -299,7 +298,7 @@ def train_sine(run, device, tell):
         return x.to(device), y.to(device)
 
     def after_step(step):
-        if step % max(1, run.max_iters // 24) == 0:
+        if step % max(1, run.max_iters // 24) == 0 or step == run.max_iters:
             b, _, _ = curriculum(run, step)
             curve.append([step, huber_losses(model, x[:512], y[:512], run.p)["ratio"]])
             _, film_x, estimate = probe_model(model, run, b, 256, device)
@@ -325,8 +324,9 @@ def train_sine(run, device, tell):
         curve=curve,
     )
     if run.arm == "vanilla":
-        lags["end"] = lag_shares(model, x[:128], y[:128])
-        numbers |= dict(lag_share=lags, gradient_parts=gradient_parts)
+        start = lag_shares(make_model(run).to(device), x[:128], y[:128])
+        shares = dict(start=start, end=lag_shares(model, x[:128], y[:128]))
+        numbers |= dict(lag_share=shares, gradient_parts=gradient_parts)
     arrays = dict(
         probe_x=probe_x[:400],
         estimate=estimate[:400],
@@ -347,7 +347,7 @@ def position_losses(model, state, y):
 
 
 def gradient_tables(model, x, y):
-    """Two tables (2, T, T): of the residual stream's embedding, and of its state after layer 1.
+    """Two tables (2, T, T): of the embedding, and of the state after layer 1.
 
     Entry (i, j): root mean square, over sequences and channels, of the gradient of the loss at i
     with respect to the state at j. One backward pass per row."""
@@ -356,7 +356,7 @@ def gradient_tables(model, x, y):
     for i in range(x.size(1)):
         d_states = torch.autograd.grad(losses[:, i].sum(), states[:2], retain_graph=True)
         rows.append(torch.stack(d_states).square().mean((1, 3)).sqrt())  # (2, T)
-    return torch.stack(rows, dim=1).numpy()
+    return torch.stack(rows, dim=1).cpu().numpy()
 
 
 def gradients_by_lag(model, x, y):
@@ -389,28 +389,29 @@ def gradients_by_lag(model, x, y):
 
 
 def lag_shares(model, x, y):
-    """How much of a gradient comes from readers `lag` later: [layer][W_K or W_V][signed or size],
-    (T,) each. Signed shares add up to 1, <g_lag, g> / |g|^2; of size, |g_lag| / sum of |g_lag|."""
+    """How much of this batch's gradient comes from readers, in that layer, `lag` later:
+    [layer][W_K or W_V][signed or size], (T,) each. Signed, <g_lag, g> / |g|^2, they add up to 1;
+    of size, |g_lag| / sum of |g_lag|, too."""
     layers = []
     for parts in gradients_by_lag(model, x, y):  # (T, 2C, C)
         layers.append([])
         for part in parts.chunk(2, dim=1):  # W_K, W_V: (T, C, C)
             whole, sizes = part.sum(0), part.norm(dim=(1, 2))
-            signed = (part * whole).sum((1, 2)) / whole.square().sum()
-            shares = torch.stack([signed, sizes / sizes.sum()])  # (2, T)
+            signed = (part * whole).sum((1, 2)) / (whole.square().sum() + 1e-30)
+            shares = torch.stack([signed, sizes / (sizes.sum() + 1e-30)])  # (2, T)
             layers[-1].append(np.round(shares.tolist(), 4).tolist())
     return layers
 
 
 def diagonal_and_rest(model, x, y):
     """Norm of the diagonal part of the gradient, norm of the rest, and the cosine between them."""
-    arm, parts = model.config.horizon, []
+    trained_with, parts = model.config.horizon, []
     for horizon in (0, None):
         model.config.horizon = horizon  # every block shares this config
         _, loss = model(x, y)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         parts.append(torch.cat([g.flatten() for g in grads]))
-    model.config.horizon = arm
+    model.config.horizon = trained_with
     diagonal, rest = parts[0], parts[1] - parts[0]
     cosine = F.cosine_similarity(diagonal, rest, dim=0)
     return [diagonal.norm().item(), rest.norm().item(), cosine.item()]
@@ -430,7 +431,7 @@ def about(found):
     """What the runs have in common, for captions."""
     run, n = next(iter(found)), len({run.seed for run in found})
     task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}, {run.n_embd} channels"
-    seeds = f"mean and standard deviation of {n} seeds" if n > 1 else "one seed"
+    seeds = f"mean and standard deviation over at most {n} seeds" if n > 1 else "one seed"
     return f"{task}; {run.max_iters} steps of {run.batch_size} sequences; {seeds}"
 
 
@@ -456,18 +457,21 @@ def plot_evidence(found, out_dir):
         for arm in arms_of(found)
     }
     left.axhline(1, color="#999999", linewidth=0.8)
-    mg.draw_lines(left, [step for step, _ in record["curve"]], curves, ylim=(0, 1.6))
+    mg.draw_lines(left, [step for step, _ in record["curve"]], curves, yscale="log")
     ends = [f"{arm} {np.mean(per_seed(found, arm, 'ratio')):.2f}" for arm in arms_of(found)]
     left.set_title(f"Who learns it: {', '.join(ends[:2])}")
     left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
     for layer, ax in ((1, middle), (2, right)):
-        shown = {a: [r2[layer] for r2 in per_seed(found, a, "probe_r2")] for a in arms_of(found)}
-        shown["untrained"] = [r["probe_r2_untrained"][layer] for r in found.values()]
-        draw_bars(ax, shown, title=f"Which sines layer {layer} leaves")
+        shown = {
+            arm: [r2[layer] for r2 in per_seed(found, arm, "probe_r2")] for arm in arms_of(found)
+        }
+        untrained = per_seed(found, run.arm, "probe_r2_untrained")
+        shown["untrained"] = [r2[layer] for r2 in untrained]
+        draw_bars(ax, shown, title=f"Sines a probe reads after layer {layer}")
         ax.set(xlabel="lookback i of sin(b·x)", ylabel="R² of the probe", xticks=range(0, K, 5))
         ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0, label="what the answer needs")
     middle.legend(fontsize=7)
-    caption = "\nloss of the true task: it rises while training is on the easier one (smaller b)"
+    caption = "\nloss of the true task: it may rise while training is on the easier one (smaller b)"
     mg.save_figure(fig, out_dir / "precache.png", about(found) + caption)
 
 
@@ -509,7 +513,7 @@ def plot_sequence(found, models, out_dir):
         low.plot(n, answer[0], marker, color=colour, label=arm)
     top.set(title="One sequence: whose layer 1 carries the sine of its own x?", ylabel="x")
     middle.set_ylabel(f"sin({run.b:g}·x)")
-    low.set(xlabel=f"position n; an answer is the sum of the {run.a} sines before it")
+    low.set(xlabel=f"position n; where z = 1 an answer is the sum of the {run.a} sines before it")
     low.set_ylabel("answer")
     for ax in (middle, low):
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -520,15 +524,20 @@ def plot_sequence(found, models, out_dir):
 def plot_patch(found, out_dir):
     """Cause and effect: how far answers move when layer 1's state at one position is exchanged."""
     run = next(iter(found))
-    lines = {arm: per_seed(found, arm, "patch_slope") for arm in arms_of(found)}
-    lines["untrained"] = [r["patch_slope_untrained"] for r in found.values()]
-    fig, ((ax,),) = mg.new_figure(width=7, height=3.2)
-    draw_bars(ax, lines, xlabel="answers so many positions later", ylabel="move / due")
-    ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0)
-    ax.axhline(1, color="#999999", linewidth=0.8)
-    inside = np.mean([slope[1 : run.a + 1] for slope in lines[run.arm]])
-    ax.set_title(f"Exchange layer 1 at one position: {run.arm}'s answers move {inside:.2f} of due")
-    ax.legend(fontsize=7)
+    slopes = {arm: per_seed(found, arm, "patch_slope") for arm in arms_of(found)}
+    inside = np.mean([slope[1 : run.a + 1] for slope in slopes[run.arm]])
+    slopes["untrained"] = per_seed(found, run.arm, "patch_slope_untrained")
+    correlations = {arm: per_seed(found, arm, "patch_correlation") for arm in arms_of(found)}
+    fig, ((left, right),) = mg.new_figure(2, width=5.5)
+    draw_bars(left, slopes, ylabel="slope: moved / expected")
+    draw_bars(right, correlations, ylabel="correlation")
+    for ax in (left, right):
+        ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0)
+        ax.set_xlabel("answers so many positions later")
+    left.legend(fontsize=7)
+    fig.suptitle(
+        f"One state after layer 1 exchanged: {run.arm}'s answers move by {inside:.2f} of what is due"
+    )
     caption = "shaded: the answers that sum that sine\n" + about(found)
     mg.save_figure(fig, out_dir / "precache_patch.png", caption)
 
@@ -550,7 +559,9 @@ def plot_gradients(model, x, y, path, caption):
         draw_table(top, embedding, f"{arm}, embedding")
         image = draw_table(low, layer_1, f"{arm}, after layer 1")
     vars(model.config).update(mg.arm_fields("vanilla"))
-    fig.colorbar(image, ax=axes, label="gradient of loss i by the state at j, of the largest")
+    fig.colorbar(
+        image, ax=axes, label="gradient of loss i by the state at j, of its panel's largest"
+    )
     fig.suptitle("Which losses pull at position j: all later ones, near ones, its own")
     mg.save_figure(fig, path, f"white: exactly zero; vanilla's weights; {caption}")
 
@@ -613,7 +624,7 @@ def plot_text_gradients(out_dir):
     start = lag_shares(model, x, y)
     load_weights(model, arrays)
     shares = [dict(start=start, end=lag_shares(model, x, y))]
-    caption = f"English, {run.max_iters} steps, seed {run.seed}"
+    caption = f"text, {run.max_iters} steps, seed {run.seed}"
     plot_gradients(model, x, y, out_dir / "text_gradients.png", caption)
     plot_lags(shares, out_dir / "text_lags.png", caption)
 
@@ -632,9 +643,12 @@ def variants(base, path):
 
 def plot_trap(found, others, out_dir):
     """Why the task is hard: a reader looks away from tokens whose sine is not ready yet. Beside the
-    runs themselves: that other recipe whose reader looks least at 1.5 < |x| < 2."""
+    runs themselves: that other recipe whose reader most avoids 1.5 < |x| < 2, against |x| < 0.5."""
     fig, ((left, right),) = mg.new_figure(2, width=5.2)
-    caught = min(others, key=lambda name: others[name]["attention_by_x"][3], default=None)
+    avoidance = {
+        name: np.divide(*np.take(r["attention_by_x"], [3, 0])) for name, r in others.items()
+    }
+    caught = min(avoidance, key=avoidance.get, default=None)
     for ax, key in ((left, "attention_by_x"), (right, "probe_error_by_x")):
         lines = {"vanilla": per_seed(found, "vanilla", key)}
         if caught is not None:
@@ -673,29 +687,11 @@ def draw_film(found, arrays, path):
     frame(0)
     fig.canvas.draw()
     fig.set_layout_engine("none")  # laid out once, not for every frame
-    every_second = range(0, len(shown["vanilla"]), 2)
-    film = FuncAnimation(fig, frame, frames=every_second, init_func=fig.canvas.draw)
+    last = len(shown["vanilla"]) - 1
+    frames = [*range(0, last, 2), last]
+    film = FuncAnimation(fig, frame, frames=frames, init_func=fig.canvas.draw)
     mg.write_whole(path, functools.partial(film.save, writer=PillowWriter(fps=2)))
     print(f"film {path}")
-
-
-def plot_by_p(found, out_dir):
-    """Huber loss over p for every arm against p, beside the paper's where the task agrees."""
-    ps, lines = sorted({run.p for run in found}), {}
-    for arm in arms_of(found):
-        same = {run: record for run, record in found.items() if run.arm == arm}
-        by_p = [[r["huber_over_p"] for run, r in same.items() if run.p == p] for p in ps]
-        fewest = min(map(len, by_p))
-        if fewest:
-            lines[arm] = np.transpose([losses[:fewest] for losses in by_p])  # (seeds, ps)
-    fig, ((ax,),) = mg.new_figure(width=5.5, height=3.8)
-    if is_papers_task(next(iter(found))):
-        for arm in lines:
-            stars = [PAPER.get(p, {}).get(arm) for p in ps]
-            ax.plot(ps, stars, "*", markersize=10, markerfacecolor="none", color=mg.LOOKS[arm][0])
-    mg.draw_lines(ax, ps, lines, xscale="log", yscale="log", ylabel="Huber loss / p")
-    ax.set(title="Loss by p", xlabel="p: how often the answer needs the sines")
-    mg.save_figure(fig, out_dir / "precache_p.png", "stars, if any: the paper, one seed")
 
 
 def is_papers_task(run):
@@ -741,17 +737,24 @@ def report(found, args):
         path = args.out_dir / "precache_gradients.png"
         plot_gradients(models["vanilla"], x, y, path, caption)
     plot_text_gradients(args.out_dir)
-    if len({run.p for run in found}) > 2:
-        plot_by_p(found, args.out_dir)
     rows = []
-    for p in sorted({run.p for run in found}):
-        for arm in arms_of(found):
-            records = [r for run, r in found.items() if (run.p, run.arm) == (p, arm)]
-            columns = zip(*(main_numbers(record) for record in records))
-            paper = PAPER.get(p, {}).get(arm, "-") if is_papers_task(args.run) else "other task"
-            rows.append([f"{p:g}", arm, *map(mg.mean_sd, columns), str(paper)])
-    header = ["p", "arm", "Huber/p", "/ trivial", "probe R²", "untrained", "patch slope", "paper"]
-    caption = "mean ± standard deviation over seeds; probe: layer 1, its own sine, held out"
+    for p, arm in dict.fromkeys((run.p, run.arm) for run in found):
+        records = [r for run, r in found.items() if (run.p, run.arm) == (p, arm)]
+        columns = zip(*(main_numbers(record) for record in records))
+        paper = PAPER.get(p, {}).get(arm, "-") if is_papers_task(args.run) else "other task"
+        rows.append([f"{p:g}", arm, str(len(records)), *map(mg.mean_sd, columns), str(paper)])
+    header = [
+        "p",
+        "arm",
+        "n",
+        "Huber/p",
+        "/ trivial",
+        "probe R²",
+        "untrained",
+        "patch slope",
+        "paper",
+    ]
+    caption = "mean ± standard deviation over n seeds; probe: layer 1, its own sine, held out"
     mg.print_table("Pre-caching", header, rows, caption)
 
 
@@ -787,7 +790,7 @@ def main(argv=None):
         runs = [
             replace(args.run, seed=seed, p=p, arm=arm)
             for seed in range(args.seed, args.seed + args.seeds)
-            for p in args.p
+            for p in dict.fromkeys(args.p)
             for arm in args.arms
         ]
         path = args.out_dir / "synthetic.jsonl"

@@ -515,9 +515,8 @@ REACH = dict(vanilla=(8, 8), horizon_2=(4, 2), myopic=(0, 0), myopic_kv=(0, 0))
 
 
 @mark.parametrize("arm", REACH)
-def test_tables_of_gradients(
-    arm,
-):  # from the embedding through two layers, from layer 1 through one
+def test_tables_of_gradients(arm):
+    """From the embedding the loss is reached through two layers, from layer 1 through one."""
     tables = synthetic.gradient_tables(*sine_model(**mg.arm_fields(arm)))
     for i, j in itertools.product(range(9), range(9)):
         assert [t[i, j] > 1e-9 for t in tables] == [0 <= i - j <= reach for reach in REACH[arm]]
@@ -556,7 +555,7 @@ def test_sines_from_command_to_film(tmp_path):
     flags = [*tiny.split(), "--p", "0.5", "0.7", "1", "--seeds", "1", "--out_dir", str(tmp_path)]
     synthetic.main(flags)
     figures = {path.name for path in tmp_path.iterdir()}
-    for name in ("", "_p", "_patch", "_trap", "_lags", "_sine", "_sequence", "_gradients"):
+    for name in ("", "_patch", "_trap", "_lags", "_sine", "_sequence", "_gradients"):
         assert f"precache{name}.png" in figures and "precache.gif" in figures
     assert len((tmp_path / "synthetic.jsonl").read_text().splitlines()) == 6
     for words in ("--a 12", "--n_layer 1", "--p 0"):
