@@ -535,9 +535,7 @@ def plot_patch(found, out_dir):
         ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0)
         ax.set_xlabel("answers so many positions later")
     left.legend(fontsize=7)
-    fig.suptitle(
-        f"One state after layer 1 exchanged: {run.arm}'s answers move by {inside:.2f} of what is due"
-    )
+    fig.suptitle(f"One state exchanged: {run.arm}'s answers move by {inside:.2f} of what is due")
     caption = "shaded: the answers that sum that sine\n" + about(found)
     mg.save_figure(fig, out_dir / "precache_patch.png", caption)
 
