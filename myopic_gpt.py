@@ -58,20 +58,19 @@ from tqdm import tqdm
 
 # ------------------------ configuration
 # An arm of a comparison is three fields; everything else, weights and batches included, is shared.
-#   horizon  None: gradients travel freely. h: at most h positions along each attention edge
+#   horizon  None: gradients travel freely; 0: not at all; h: h positions along each attention edge,
+#            n_layer * h in all, a road between the two gradients; h >= T - 1 is the same as None
 #   cut      "hidden": between x_j and k_j, v_j, so W_K and W_V learn from every reader (the paper);
 #            "kv": at k_j, v_j themselves, so W_K and W_V learn from their own position alone
 #   past     keys and values of the past are made from the model's "own" states, from those of a
 #            "frozen" trained vanilla model, or are "zero"; the last two ignore horizon and cut
-# fmt: off
 ARMS = {
-    "vanilla":      dict(horizon=None, cut="hidden", past="own"),
-    "myopic":       dict(horizon=0, cut="hidden", past="own"),
-    "myopic_kv":    dict(horizon=0, cut="kv", past="own"),
+    "vanilla": dict(horizon=None, cut="hidden", past="own"),
+    "myopic": dict(horizon=0, cut="hidden", past="own"),
+    "myopic_kv": dict(horizon=0, cut="kv", past="own"),
     "local_myopic": dict(horizon=0, cut="hidden", past="frozen"),
-    "bigram":       dict(horizon=0, cut="hidden", past="zero"),
+    "bigram": dict(horizon=0, cut="hidden", past="zero"),
 }
-# fmt: on
 
 
 class UsageError(ValueError):
@@ -93,10 +92,7 @@ def arm_fields(name):
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError for a bad value.
-
-    A horizon h > 0 is neither gradient of the definition but a road between the two: over n_layer
-    layers a gradient may travel n_layer * h positions. h >= T - 1 is the same as None."""
+    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError for a bad value."""
 
     block_size: int
     vocab_size: int
@@ -110,10 +106,8 @@ class GPTConfig:
     past: str = "own"
 
     def __post_init__(self):
-        divides = self.n_head > 0 and self.n_embd % self.n_head == 0
-        require(divides, f"n_embd is {self.n_embd}: make it a multiple of n_head {self.n_head}")
-        near = self.horizon is None or self.horizon >= 0
-        require(near, f"horizon is {self.horizon}: make it None, 0 or more")
+        require(self.n_embd % self.n_head == 0, f"n_embd is {self.n_embd}: n_head must divide it")
+        require((self.horizon or 0) >= 0, f"horizon is {self.horizon}: make it None, 0 or more")
         require(self.cut in ("hidden", "kv"), f"cut is {self.cut!r}: choose 'hidden' or 'kv'")
         require(self.past in ("own", "frozen", "zero"), f"past is {self.past!r}: see ARMS")
 
@@ -128,8 +122,7 @@ class GPTConfig:
 def plain_forward(q, k, v):
     q, k, wide_v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     S = q @ k.mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
-    future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)  # (T, T)
-    lse = S.masked_fill(future, -math.inf).logsumexp(-1)  # (B, nh, T)
+    lse = (S + torch.full_like(S[0, 0], -math.inf).triu(1)).logsumexp(-1)  # (B, nh, T)
     P = (S - lse[..., None]).exp().tril()  # (B, nh, T, T)
     return (P @ wide_v).to(v.dtype), lse
 
@@ -164,8 +157,30 @@ def fused_backward(G, q, k, v, out, lse):
     return backward(G, q, k, v, out, lse, None, None, T, T, 0.0, True, seed, seed)
 
 
-def kernels(fused):
-    """The pair (forward, backward)."""
+@functools.cache
+def try_fused(device, dtype, head_size):
+    """Do the fused kernels run here, on views of one buffer, and agree with the plain ones?"""
+    wave = torch.arange(2 * 33 * 8 * head_size, device=device).mul(0.7).sin().to(dtype)
+    q, k, v, G = split_heads(wave.view(2, 33, -1), 2, parts=4)  # (2, 2, 33, hs)
+    try:
+        out, lse = fused_forward(q, k, v)
+        got = out, lse[:, :, :33], *fused_backward(G, q, k, v, out, lse)
+        G, q, k, v = (t.double() for t in (G, q, k, v))  # no TF32 rounds these
+        out, lse = plain_forward(q, k, v)
+        true = out, lse, *plain_backward(G, q, k, v, out, lse)
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, true)]
+        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+        if not all(error <= tolerance for error in errors):  # nan is not
+            raise RuntimeError(f"relative errors {errors}")
+    except (RuntimeError, AttributeError, TypeError) as error:
+        print(f"attention: plain products serve for {dtype} on {device}: {error!s:.100}")
+        return False
+    return True
+
+
+def kernels(q):
+    """(forward, backward) for tensors like q: the fused ones where they run and are right."""
+    fused = torch.compiler.is_compiling() or try_fused(q.device.type, q.dtype, q.size(-1))
     return (fused_forward, fused_backward) if fused else (plain_forward, plain_backward)
 
 
@@ -186,34 +201,30 @@ def near_gradients(G, q, k, v, out, lse, horizon, first=0):
 
     One shifted diagonal per lag i - j, of P_ij = exp(s q_i.k_j - lse_i), and no (T, T) matrix:
     horizon 0 is a few sweeps over q. Shapes as above -> dk, dv (B, nh, T, hs)."""
-    T, s = q.size(2), 1 / math.sqrt(q.size(-1))
+    T, s, dtype = q.size(2), 1 / math.sqrt(q.size(-1)), q.dtype
+    G, q, k, v, out = (t.to(lse.dtype) for t in (G, q, k, v, out))
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for lag in range(first, min(horizon, T - 1) + 1):
         q_i, G_i, O_i = (t[:, :, lag:] for t in (q, G, out))  # (B, nh, T - lag, hs)
         k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
-        P = (s * rowdot(q_i, k_j) - lse[:, :, lag:T]).exp()  # (B, nh, T - lag)
-        dS = P * rowdot(G_i, v_j - O_i)  # (B, nh, T - lag)
-        dk[:, :, : T - lag].addcmul_((s * dS).to(q.dtype)[..., None], q_i)
-        dv[:, :, : T - lag].addcmul_(P.to(q.dtype)[..., None], G_i)
-    return dk, dv
-
-
-def rowdot(a, b):
-    """a_i . b_i for every row: (B, nh, T, hs) twice -> (B, nh, T), in float32 at least."""
-    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(-1)
+        P = (s * (q_i * k_j).sum(-1) - lse[:, :, lag:T]).exp()  # (B, nh, T - lag)
+        dS = P * (G_i * (v_j - O_i)).sum(-1)  # (B, nh, T - lag)
+        dk[:, :, : T - lag].addcmul_((s * dS)[..., None], q_i)
+        dv[:, :, : T - lag].addcmul_(P[..., None], G_i)
+    return dk.to(dtype), dv.to(dtype)
 
 
 class MyopicAttention(torch.autograd.Function):
     """Causal self-attention in whose backward pass no loss reaches an earlier position's state."""
 
     @staticmethod
-    def forward(ctx, x, w, b, n_head, horizon, cut, fused):
-        kernel_forward, _ = kernels(fused)
+    def forward(ctx, x, w, b, n_head, horizon, cut):
         qkv = F.linear(x, w, b)  # (B, T, 3C)
         q, k, v = split_heads(qkv, n_head)  # (B, nh, T, hs)
+        kernel_forward, _ = kernels(q)
         out, lse = kernel_forward(q, k, v)
         ctx.save_for_backward(x, w, qkv, out, lse)
-        ctx.n_head, ctx.horizon, ctx.cut, ctx.fused = n_head, horizon, cut, fused
+        ctx.n_head, ctx.horizon, ctx.cut = n_head, horizon, cut
         return merge_heads(out)  # (B, T, C)
 
     @staticmethod
@@ -221,8 +232,8 @@ class MyopicAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph; once_differentiable is silent for y.sum()
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, qkv, out, lse = ctx.saved_tensors
-        _, kernel_backward = kernels(ctx.fused)
         q, k, v = split_heads(qkv, ctx.n_head)  # (B, nh, T, hs)
+        _, kernel_backward = kernels(q)
         (G,) = split_heads(dy, ctx.n_head, parts=1)  # (B, nh, T, hs)
 
         dq, dk, dv = kernel_backward(G, q, k, v, out, lse)  # what every reader wants
@@ -234,7 +245,7 @@ class MyopicAttention(torch.autograd.Function):
         dx = d_near @ w  # (B, T, C)
         dw = d_weights.flatten(0, 1).T @ x.flatten(0, 1)  # (3C, C)
         db = d_weights.sum((0, 1)) if ctx.needs_input_grad[2] else None  # (3C,)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None
 
 
 def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
@@ -249,8 +260,23 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     if torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         x, w_qkv, b_qkv = (None if t is None else t.to(low) for t in (x, w_qkv, b_qkv))
-    fused = torch.compiler.is_compiling() or try_fused(kind, x.dtype, C // n_head)
-    return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut, fused)
+    with torch.autocast(kind, enabled=False):  # what is cast is cast; plain products upcast
+        return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
+
+
+def two_stream_attention(x, past_x, w, b, n_head):
+    """Attention to oneself as usual, and to a past that another stream of states has made.
+
+    A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
+    Y = A v_past + diag(A) (v - v_past)
+    x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C)."""
+    q, k, v = split_heads(F.linear(x, w, b), n_head)  # (B, nh, T, hs)
+    k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
+    if past_x is not None:
+        _, k_past, v_past = split_heads(F.linear(past_x, w, b), n_head)
+    S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)  # (B, nh, T, T)
+    A = (S / math.sqrt(q.size(-1)) + torch.full_like(S[0, 0], -math.inf).triu(1)).softmax(-1)
+    return merge_heads(A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past))
 
 
 # ------------------------ the model
@@ -260,7 +286,6 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, teacher_x=None):
         """x (B, T, C) -> (B, T, C); teacher_x (B, T, C), if frozen: the teacher's ln_1 output."""
@@ -269,7 +294,7 @@ class CausalSelfAttention(nn.Module):
             y = myopic_attention(x, w, b, c.n_head, c.horizon, c.cut)  # (B, T, C)
         else:
             y = two_stream_attention(x, teacher_x, w, b, c.n_head)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return self.c_proj(y)
 
 
 class Block(nn.Module):
@@ -283,17 +308,15 @@ class Block(nn.Module):
         self.mlp.c_fc = nn.Linear(C, 4 * C, bias=bias)
         self.mlp.act = nn.GELU()
         self.mlp.c_proj = nn.Linear(4 * C, C, bias=bias)
-        self.mlp.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, teacher_x=None):
-        x = x + self.attn(self.ln_1(x), teacher_x)
-        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+        x = x + self.dropout(self.attn(self.ln_1(x), teacher_x))
+        return x + self.dropout(self.mlp(self.ln_2(x)))  # (B, T, C)
 
 
 class GPT(nn.Module):
-    """GPT-2 with nanoGPT's parameter names and shapes.
-
-    teacher: a trained GPT of the same shape, for past="frozen"; it is not trained here."""
+    """nanoGPT's names and shapes. teacher: a trained GPT of this shape, if past="frozen"."""
 
     def __init__(self, config, teacher=None):
         super().__init__()
@@ -337,8 +360,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def configure_optimizers(self, run):
-        """Muon for the matrices of the blocks with run.muon in their name, AdamW for the rest, as
-        one. Matrices and embeddings decay, biases and norms do not."""
+        """[AdamW, Muon]: Muon for the blocks' matrices with run.muon in their name; AdamW for the
+        rest, of which matrices and embeddings decay, biases and norms do not."""
         muon, decaying, others = [], [], []
         for name, p in self.named_parameters():
             if p.requires_grad and p.dim() < 2:
@@ -347,11 +370,11 @@ class GPT(nn.Module):
                 (muon if ".h." in name and run.muon in name else decaying).append(p)
         groups = [dict(params=others, weight_decay=0.0), dict(params=decaying)]
         settings = dict(betas=(run.beta1, run.beta2), weight_decay=run.weight_decay, fused=True)
-        parts = [torch.optim.AdamW(groups, run.learning_rate, **settings)]
+        optimizers = [torch.optim.AdamW(groups, run.learning_rate, **settings)]
         if muon:
             settings = dict(weight_decay=run.muon_decay, adjust_lr_fn="match_rms_adamw")
-            parts.append(torch.optim.Muon(muon, run.muon_rate, **settings))
-        return Optimizers(parts)
+            optimizers.append(torch.optim.Muon(muon, run.muon_rate, **settings))
+        return optimizers
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -364,46 +387,6 @@ class GPT(nn.Module):
                 logits = logits.masked_fill(logits < least, -math.inf)
             idx = torch.cat([idx, logits.softmax(-1).multinomial(1)], dim=1)  # (B, T + 1)
         return idx
-
-
-# ------------------------ attention, continued: are the fused kernels right, and two streams
-@functools.cache
-def try_fused(device, dtype, head_size):
-    """Do the fused kernels run here and agree with the plain ones on a CPU (where no TF32 rounds
-    float32)? On views of one buffer, as in training."""
-    wave = torch.arange(2 * 33 * 8 * head_size, device=device).mul(0.7).sin().to(dtype)
-    results = []
-    try:
-        for fused, place in ((True, device), (False, "cpu")):
-            q, k, v, G = split_heads(wave.to(place).view(2, 33, -1), 2, parts=4)  # (2, 2, 33, hs)
-            forward, backward = kernels(fused)
-            out, lse = forward(q, k, v)
-            near = near_gradients(G, q, k, v, out, lse, 0)  # lse must serve them, too
-            tensors = out, *backward(G, q, k, v, out, lse), *near
-            results.append(torch.stack([t.cpu().float().flatten() for t in tensors]))
-        errors = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
-        if not errors.max() <= (1e-4 if dtype in (torch.float32, torch.float64) else 2e-2):
-            raise RuntimeError(f"relative errors {errors.tolist()}")
-    except (RuntimeError, AttributeError, TypeError) as error:
-        print(f"attention: plain products serve for {dtype} on {device}: {error!s:.100}")
-        return False
-    return True
-
-
-def two_stream_attention(x, past_x, w, b, n_head):
-    """Attention to oneself as usual, and to a past that another stream of states has made.
-
-    A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
-    Y = A v_past + diag(A) (v - v_past)
-    x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C)."""
-    q, k, v = split_heads(F.linear(x, w, b), n_head)  # (B, nh, T, hs)
-    k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
-    if past_x is not None:
-        _, k_past, v_past = split_heads(F.linear(past_x, w, b), n_head)
-    S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)  # (B, nh, T, T)
-    future = torch.ones_like(S[0, 0], dtype=torch.bool).triu(1)  # (T, T)
-    A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)  # (B, nh, T, T)
-    return merge_heads(A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past))
 
 
 # ------------------------ text
@@ -422,12 +405,13 @@ def python_english():
 
 
 def load_text(files, run):
-    """Text in UTF-8 -> ids to train on, ids of the last tenth, held out (1-d, int32), and the
-    vocabulary: all bytes, or training's most frequent words."""
+    """-> ids to train on, ids of the last tenth, held out (1-d, int32), vocabulary (all bytes, or
+    training's most frequent words)."""
     try:
-        text = "\n\n".join(Path(name).read_text("utf-8") for name in files) or python_english()
+        texts = [Path(name).read_text("utf-8") for name in files] or [python_english()]
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--data {' '.join(files)}: {error}; name UTF-8 files") from error
+    text = "\n\n".join(texts)
     train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     if run.tokens == "byte":
         vocabulary = [chr(n) for n in range(256)]
@@ -438,8 +422,7 @@ def load_text(files, run):
         vocabulary = ["<unk>"] + [word for word, _ in frequent]
         place = {word: n for n, word in enumerate(vocabulary)}
         ids = [np.array([place.get(word, 0) for word in part], dtype=np.int32) for part in words]
-    shortest = min(map(len, ids))
-    require(run.block_size < shortest, f"block_size is {run.block_size}: the text is too short")
+    require(run.block_size < min(map(len, ids)), f"block_size is {run.block_size}: text too short")
     return *ids, vocabulary
 
 
@@ -457,39 +440,28 @@ def token_losses(model, ids, run):
 
 
 # ------------------------ training
-class Optimizers:
-    """Several optimizers as one, for train()."""
-
-    def __init__(self, parts):
-        self.parts = parts
-        self.param_groups = [group for part in parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-
-def train(model, optimizer, next_batch, run, tell, after_step=lambda done: None):
+def train(model, optimizers, next_batch, run, tell, after_step=lambda done: None):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
     tell((steps, loss)) is called every ten steps, after_step(steps done) after each. Raises
     UsageError if the loss is not finite."""
     device = next(model.parameters()).device.type
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     rise, fall = run.warmup * run.max_iters, (1 - run.decay_from) * run.max_iters
-    for step in range(run.max_iters):
-        scale = min(1, (step + 1) / max(1, rise), (run.max_iters - step) / max(1, fall))
-        for group, peak in zip(optimizer.param_groups, peaks):
+    for done in range(1, run.max_iters + 1):
+        scale = min(1, done / max(1, rise), (run.max_iters + 1 - done) / max(1, fall))
+        for group, peak in zip(groups, peaks):
             group["lr"] = peak * scale
-        x, y = next_batch(step)
+        x, y = next_batch(done - 1)
         model.train()  # after_step may have left it evaluating
         with torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16"):
             _, loss = model(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         model.zero_grad()
-        done = step + 1
         if done % 10 == 0 or done == run.max_iters:  # to read a loss stalls a GPU
             where = f"the loss is {loss.item()} at step {done} of {run.arm}, seed {run.seed}"
             require(math.isfinite(loss.item()), f"{where}: lower --learning_rate")
@@ -508,7 +480,7 @@ class Run:
     """Every setting that a number depends on. Raises UsageError for a value out of its range."""
 
     arm: str = "vanilla"
-    seed: int = 0
+    seed: int = setting(0, "the first seed", most=sys.maxsize)
     block_size: int = setting(64, "positions per sequence, T", 1)
     n_layer: int = setting(3, "blocks", 1)
     n_head: int = setting(3, "heads", 1)
@@ -543,9 +515,9 @@ class Run:
 def read_records(path, kind):
     """{run: record} of a results file, the last line of a run counts; kind: the class of run."""
     records = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            if line:
+            if line:  # racing writers may leave an empty one
                 record = json.loads(line)
                 records[kind(**{f.name: record[f.name] for f in fields(kind)})] = record
         except (ValueError, KeyError, TypeError) as error:  # perhaps its writer was killed
@@ -563,7 +535,6 @@ def append_record(path, record):
 
 def write_whole(path, write):
     """write(a temporary path), then rename: the file at `path` is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part.{os.getpid()}.{path.name}")
     write(part)
     part.replace(path)
@@ -571,8 +542,7 @@ def write_whole(path, write):
 
 def arrays_path(out_dir, run):
     """Where a run's arrays lie: the name is a digest of its settings."""
-    settings = repr(list(asdict(run).values()))
-    return out_dir / "arrays" / f"{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
+    return out_dir / "arrays" / f"{hashlib.sha256(repr(run).encode()).hexdigest()[:12]}.npz"
 
 
 def start_worker(queue):
@@ -589,9 +559,8 @@ def start_worker(queue):
 
 def work(train_one, run, device, tell=None):
     """One run, on one thread, to be the same on any number of cores -> numbers, arrays."""
-    if device == "cpu":
-        torch.set_num_threads(1)
-    elif device == "cuda":
+    torch.set_num_threads(1)
+    if device == "cuda":
         torch.set_float32_matmul_precision("high")
     start, tell = time.time(), tell or multiprocessing.current_process().tell
     model, numbers, arrays = train_one(run, device, tell)
@@ -656,15 +625,13 @@ def train_missing(runs, train_one, headline, path, args):
 
 # ------------------------ command line
 def parse_flags(script, doc, presets, argv, more=()):
-    """argv -> args, with args.run, and args.stamp for the records. more: flags of one script;
-    presets: {name: dict(run, arms, seeds, seconds of a run on one core, ...)}."""
+    """presets: {name: dict(run, arms, seeds, seconds of a run on one core, ...)} -> args."""
     parser = argparse.ArgumentParser(Path(script).name, description=doc.split("\n")[0])
     add = parser.add_argument
     devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     add("--preset", choices=presets, default="quick", help="seconds; a laptop; a GPU")
     add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
     add("--seeds", type=int, help="how many seeds")
-    add("--seed", type=int, default=0, help="the first seed")
     add("--device", choices=["auto", *devices], default="auto", help="auto: CUDA or else the CPU")
     add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
     add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
@@ -685,15 +652,12 @@ def parse_flags(script, doc, presets, argv, more=()):
         args.jobs = min(os.cpu_count(), 61) if args.device == "cpu" else 1  # 61: Windows' most
     require(args.jobs > 0, f"jobs is {args.jobs}: give 1 or more")
     require(args.seeds > 0, f"seeds is {args.seeds}: give 1 or more")
-    args.arms = list(dict.fromkeys(args.arms))  # each once
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out_dir: {error}; name a folder that can be written") from error
-    require(os.access(args.out_dir, os.W_OK), f"--out_dir {args.out_dir} cannot be written")
-    machine = platform.machine()
-    if args.device == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, TF32"
+    with contextlib.suppress(OSError):
+        (args.out_dir / "arrays").mkdir(parents=True, exist_ok=True)
+    writable = args.out_dir.is_dir() and os.access(args.out_dir, os.W_OK)
+    require(writable, f"--out_dir {args.out_dir}: name a folder that can be written")
+    on_cuda = args.device == "cuda"
+    machine = torch.cuda.get_device_name() + ", TF32" if on_cuda else platform.machine()
     sources = b"".join(Path(source).read_bytes() for source in sorted({__file__, script}))
     code = hashlib.sha256(sources).hexdigest()[:8]
     args.stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
@@ -747,19 +711,15 @@ def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
 
 
 def draw_lines(ax, x, lines, **labels):
-    """{arm: [y of each seed]} -> a line per arm, mean and standard deviation, named at its end."""
-    ends, height = [], -math.inf
-    for arm, runs in lines.items():
+    """{arm: [y of each seed]} -> mean and standard deviation as lines, their names at the right."""
+    lines = {arm: np.array(runs, dtype=float) for arm, runs in lines.items()}  # (seeds, len(x))
+    for arm, y in sorted(lines.items(), key=lambda item: -item[1].mean(0)[-1]):
         colour, line, marker = LOOKS[arm]
-        y = np.array(runs, dtype=float)  # (seeds, len(x))
         mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)
-        ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5)
+        ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, label=arm)
         ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-        ends.append((mean[np.isfinite(mean)][-1], arm, colour))
     ax.set(**labels)
-    for y, arm, colour in sorted(ends):
-        height = max(height + 0.07, (ax.transData - ax.transAxes).transform((x[0], y))[1])
-        ax.annotate(arm, (1.02, height), xycoords="axes fraction", color=colour, va="center")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor="linecolor")
 
 
 def save_figure(fig, path, caption):
@@ -926,8 +886,7 @@ def time_calls(call, ways, device, rounds=12):
             start = time.perf_counter()
             with contextlib.suppress(torch.OutOfMemoryError):
                 call(ways[n])
-                if device != "cpu":
-                    getattr(torch, device).synchronize()
+                getattr(torch, device).synchronize()
                 in_round[n] = time.perf_counter() - start
     cells = []
     for way, times in zip(ways, seconds[1:].T):  # the first round warms up
@@ -942,34 +901,32 @@ def time_calls(call, ways, device, rounds=12):
 
 def bench(args):
     """Time the attention sublayer in every way, and a whole training step in every arm."""
-    n_layer, n_head, C, tokens, step_T = 6, 6, 384, 4096, 256
-    if args.device == "cuda":  # GPT-2 124M
+    if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
-        n_layer, n_head, C, tokens, step_T = 12, 12, 768, 16384, 1024
+    run, C = replace(args.run, max_iters=1), args.run.n_embd
     arms, rows = ["vanilla", "myopic", "myopic_kv", "horizon_4"], []
     ways = [*arms, "two streams", "torch's own"]
     for T in (64, 128, 256, 512, 1024, 2048):
-        x, dy = torch.randn(2, tokens // T, T, C).to(args.device, getattr(torch, args.run.dtype))
+        B = max(1, run.batch_size * run.block_size // T)
+        x, dy = torch.randn(2, B, T, C).to(args.device, getattr(torch, run.dtype))
         w, b = nn.Linear(C, 3 * C).to(x).parameters()
-        call = functools.partial(sublayer, x.requires_grad_(), w, b, n_head, dy)
+        call = functools.partial(sublayer, x.requires_grad_(), w, b, run.n_head, dy)
         rows.append([f"sublayer\nT = {T}", *time_calls(call, ways, args.device)])
-    model = GPT(GPTConfig(step_T, 256, n_layer, n_head, C)).to(args.device)
-    run = replace(args.run, max_iters=1)
-    optimizer = model.configure_optimizers(run)
-    xy = torch.randint(256, (2, tokens // step_T, step_T), device=args.device)
+    model = GPT(run.config(256)).to(args.device)
+    optimizers = model.configure_optimizers(run)
+    xy = torch.randint(256, (2, run.batch_size, run.block_size), device=args.device)
 
     def step(arm):
         vars(model.config).update(arm_fields(arm))  # every block shares this config
-        train(model, optimizer, lambda step: xy, run, lambda news: None)
+        train(model, optimizers, lambda step: xy, run, lambda news: None)
 
-    rows.append([f"step\nT = {step_T}", *time_calls(step, arms, args.device)])
+    rows.append([f"step\nT = {run.block_size}", *time_calls(step, arms, args.device)])
     caption = "time over vanilla's in the same round: median (quartiles); median time"
     print_table(f"Forward and backward on {args.stamp['device']}", ["", *ways], rows, caption)
 
 
 # ------------------------ main
 def flags(argv=None):
-    """argv -> args; no text is read yet."""
     data = dict(nargs="+", metavar="FILE", default=[], help="UTF-8 text (Python's own English)")
     cost = dict(action="store_true", help="only measure what the stop-gradient costs")
     return parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])

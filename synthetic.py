@@ -308,8 +308,8 @@ def train_sine(run, device, tell):
                 gradient_parts.append([step, *diagonal_and_rest(model, *now)])
 
     after_step(0)
-    optimizer = model.configure_optimizers(run)
-    mg.train(model, optimizer, next_batch, run, tell, after_step)
+    optimizers = model.configure_optimizers(run)
+    mg.train(model, optimizers, next_batch, run, tell, after_step)
     r2, probe_x, estimate = probe_model(model, run, run.b, len(x), device)
     slopes, correlations = patch(model, run, len(x), device)
     error = np.sin(run.b * probe_x) - estimate
