@@ -596,7 +596,7 @@ def train_missing(runs, train_one, headline, path, args):
     """Train what the records at `path` lack -> {run: record} for all of `runs`.
 
     train_one(run, device, tell) -> model, numbers, arrays; headline: the number shown at once."""
-    records = read_records(path, type(args.run))
+    records, runs = read_records(path, type(args.run)), list(dict.fromkeys(runs))  # each once
     todo = [run for run in runs if not args.plot_only and (args.fresh or run not in records)]
     codes = {records[run]["code"] for run in runs if run in records and run not in todo}
     if codes - {args.stamp["code"]}:
@@ -612,6 +612,8 @@ def train_missing(runs, train_one, headline, path, args):
             bar.update(steps)
 
         for run, (numbers, arrays) in finished_runs(todo, train_one, args, show):
+            finite = math.isfinite(numbers[headline])
+            require(finite, f"{run.arm}: {headline} ends as nan: lower --learning_rate")
             if run.seed == args.seed:
                 save = functools.partial(np.savez_compressed, **arrays)
                 write_whole(arrays_path(args.out_dir, run), save)
@@ -649,7 +651,8 @@ def parse_flags(script, doc, presets, argv, more=()):
     if args.device == "auto":
         args.device = "cuda" if "cuda" in devices else "cpu"
     if args.jobs is None:
-        args.jobs = min(os.cpu_count(), 61) if args.device == "cpu" else 1  # 61: Windows' most
+        cores = torch.get_num_threads()  # those that this process may use
+        args.jobs = min(cores, 61) if args.device == "cpu" else 1  # 61: Windows' most
     require(args.jobs > 0, f"jobs is {args.jobs}: give 1 or more")
     require(args.seeds > 0, f"seeds is {args.seeds}: give 1 or more")
     with contextlib.suppress(OSError):
@@ -828,7 +831,8 @@ def plot_passage(found, args, caption):
         return
     vanilla, myopic = (np.load(path) for path in paths)
     tokens, gap = vanilla["tokens"], myopic["losses"] - vanilla["losses"]  # (N, T)
-    rows = np.flatnonzero(np.char.endswith(tokens[:, 0], " "))[:12]  # they begin at a word
+    at_a_word = np.char.endswith(tokens[:, 0], " ")
+    rows = np.flatnonzero(at_a_word | ~at_a_word.any())[:12]  # begin at a word, if there are any
     columns = slice(run.block_size if run.tokens == "byte" else 12)
     fig, ((ax,),) = new_figure(width=10, height=3.6)
     ax.imshow(gap[rows, columns], cmap="RdBu_r", vmin=-3, vmax=3, alpha=0.7, aspect="auto")
@@ -847,7 +851,7 @@ def report(found, args):
     seeds = len({run.seed for run in found})
     about = f"{record['n_params']:,} parameters, {run.max_iters} steps of {run.batch_size} × "
     about += f"{run.block_size} {run.tokens}s, mean ± standard deviation of {seeds} seed(s)"
-    if gaps(found, "myopic"):
+    if gaps(found, "myopic") or gaps(found, "myopic_kv"):
         plot_gaps(found, args.out_dir / f"text_gaps_{run.tokens}.png", about)
         plot_passage(found, args, f"{run.max_iters} steps, seed {args.seed}")
     rows, whole = [], gaps(found, "bigram")

@@ -617,7 +617,7 @@ def plot_text_gradients(out_dir):
     run, arrays = kept[-1]
     torch.manual_seed(run.seed)
     model = mg.GPT(run.config(256))
-    ids = torch.tensor([[ord(letter) for letter in row] for row in arrays["tokens"]])
+    ids = torch.tensor([[ord(letter or "\0") for letter in row] for row in arrays["tokens"]])
     x, y = ids[:, :-1], ids[:, 1:]
     start = lag_shares(model, x, y)
     load_weights(model, arrays)
@@ -788,7 +788,7 @@ def main(argv=None):
         runs = [
             replace(args.run, seed=seed, p=p, arm=arm)
             for seed in range(args.seed, args.seed + args.seeds)
-            for p in dict.fromkeys(args.p)
+            for p in args.p
             for arm in args.arms
         ]
         path = args.out_dir / "synthetic.jsonl"
