@@ -579,7 +579,7 @@ def test_readme_shows_what_its_example_prints(capsys):
 
 def test_numbers_in_the_tables_are_those_of_the_records():
     rows = []
-    for folder in ("full", "quick", "demo", "horizon"):
+    for folder in ("full", "full20k", "quick", "demo", "horizon"):
         found = mg.read_records(ROOT / "results" / folder / "synthetic.jsonl", synthetic.SineRun)
         for p, arm in {(run.p, run.arm) for run in found}:
             records = [record for run, record in found.items() if (run.p, run.arm) == (p, arm)]
