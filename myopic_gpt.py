@@ -360,8 +360,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def configure_optimizers(self, run):
-        """[AdamW, Muon]: Muon for the blocks' matrices with run.muon in their name; AdamW for the
-        rest, of which matrices and embeddings decay, biases and norms do not."""
+        """Muon for the blocks' matrices with run.muon in their name and AdamW for the rest, as one.
+        Of the rest matrices and embeddings decay, biases and norms do not."""
         muon, decaying, others = [], [], []
         for name, p in self.named_parameters():
             if p.requires_grad and p.dim() < 2:
@@ -370,11 +370,11 @@ class GPT(nn.Module):
                 (muon if ".h." in name and run.muon in name else decaying).append(p)
         groups = [dict(params=others, weight_decay=0.0), dict(params=decaying)]
         settings = dict(betas=(run.beta1, run.beta2), weight_decay=run.weight_decay, fused=True)
-        optimizers = [torch.optim.AdamW(groups, run.learning_rate, **settings)]
+        parts = [torch.optim.AdamW(groups, run.learning_rate, **settings)]
         if muon:
             settings = dict(weight_decay=run.muon_decay, adjust_lr_fn="match_rms_adamw")
-            optimizers.append(torch.optim.Muon(muon, run.muon_rate, **settings))
-        return optimizers
+            parts.append(torch.optim.Muon(muon, run.muon_rate, **settings))
+        return Optimizers(parts)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -440,18 +440,29 @@ def token_losses(model, ids, run):
 
 
 # ------------------------ training
-def train(model, optimizers, next_batch, run, tell, after_step=lambda done: None):
+class Optimizers:
+    """Several optimizers as one, for train()."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+
+def train(model, optimizer, next_batch, run, tell, after_step=lambda done: None):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
     tell((steps, loss)) is called every ten steps, after_step(steps done) after each. Raises
     UsageError if the loss is not finite."""
     device = next(model.parameters()).device.type
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
+    peaks = [group["lr"] for group in optimizer.param_groups]
     rise, fall = run.warmup * run.max_iters, (1 - run.decay_from) * run.max_iters
     for done in range(1, run.max_iters + 1):
         scale = min(1, done / max(1, rise), (run.max_iters + 1 - done) / max(1, fall))
-        for group, peak in zip(groups, peaks):
+        for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * scale
         x, y = next_batch(done - 1)
         model.train()  # after_step may have left it evaluating
@@ -459,8 +470,7 @@ def train(model, optimizers, next_batch, run, tell, after_step=lambda done: None
             _, loss = model(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         model.zero_grad()
         if done % 10 == 0 or done == run.max_iters:  # to read a loss stalls a GPU
             where = f"the loss is {loss.item()} at step {done} of {run.arm}, seed {run.seed}"
@@ -917,12 +927,12 @@ def bench(args):
         call = functools.partial(sublayer, x.requires_grad_(), w, b, run.n_head, dy)
         rows.append([f"sublayer\nT = {T}", *time_calls(call, ways, args.device)])
     model = GPT(run.config(256)).to(args.device)
-    optimizers = model.configure_optimizers(run)
+    optimizer = model.configure_optimizers(run)
     xy = torch.randint(256, (2, run.batch_size, run.block_size), device=args.device)
 
     def step(arm):
         vars(model.config).update(arm_fields(arm))  # every block shares this config
-        train(model, optimizers, lambda step: xy, run, lambda news: None)
+        train(model, optimizer, lambda step: xy, run, lambda news: None)
 
     rows.append([f"step\nT = {run.block_size}", *time_calls(step, arms, args.device)])
     caption = "time over vanilla's in the same round: median (quartiles); median time"

@@ -289,7 +289,6 @@ def train_sine(run, device, tell):
     x, y = draw(run, run.eval_sequences, 10_000, device)
     batches = torch.Generator().manual_seed(1_000 + run.seed)
     r2_untrained, _, estimate_untrained = probe_model(model, run, run.b, len(x), device)
-    patch_untrained, _ = patch(model, run, len(x), device)
     curve, film, gradient_parts = [], [], []
 
     def next_batch(step):  # the same in every arm
@@ -308,8 +307,8 @@ def train_sine(run, device, tell):
                 gradient_parts.append([step, *diagonal_and_rest(model, *now)])
 
     after_step(0)
-    optimizers = model.configure_optimizers(run)
-    mg.train(model, optimizers, next_batch, run, tell, after_step)
+    optimizer = model.configure_optimizers(run)
+    mg.train(model, optimizer, next_batch, run, tell, after_step)
     r2, probe_x, estimate = probe_model(model, run, run.b, len(x), device)
     slopes, correlations = patch(model, run, len(x), device)
     error = np.sin(run.b * probe_x) - estimate
@@ -318,7 +317,6 @@ def train_sine(run, device, tell):
         probe_r2_untrained=r2_untrained,
         patch_slope=slopes,
         patch_correlation=correlations,
-        patch_slope_untrained=patch_untrained,
         attention_by_x=attention_by_x(model, run, min(512, len(x)), device),
         probe_error_by_x=mean_in_bins(np.abs(probe_x), error**2),
         curve=curve,
@@ -526,8 +524,10 @@ def plot_patch(found, out_dir):
     run = next(iter(found))
     slopes = {arm: per_seed(found, arm, "patch_slope") for arm in arms_of(found)}
     inside = np.mean([slope[1 : run.a + 1] for slope in slopes[run.arm]])
-    slopes["untrained"] = per_seed(found, run.arm, "patch_slope_untrained")
     correlations = {arm: per_seed(found, arm, "patch_correlation") for arm in arms_of(found)}
+    starts = [make_model(other) for other in found if other.arm == run.arm]
+    untrained = [patch(model, run, min(run.eval_sequences, 2048), "cpu") for model in starts]
+    slopes["untrained"], correlations["untrained"] = zip(*untrained)
     fig, ((left, right),) = mg.new_figure(2, width=5.5)
     draw_bars(left, slopes, ylabel="slope: moved / expected")
     draw_bars(right, correlations, ylabel="correlation")

@@ -263,7 +263,7 @@ def test_bigram_and_local_myopic():
 def test_every_parameter_has_one_optimizer_and_one_decay(muon, n):
     model = make_gpt(n_layer=1, past="frozen", teacher=make_gpt())
     found, names = [], {id(p): n for n, p in model.named_parameters()}
-    for optimizer in model.configure_optimizers(mg.Run(muon=muon, muon_decay=0.3)):
+    for optimizer in model.configure_optimizers(mg.Run(muon=muon, muon_decay=0.3)).parts:
         for group in optimizer.param_groups:
             found += [(names[id(p)], group["weight_decay"]) for p in group["params"]]
     true = {name: 0.1 * (p.dim() > 1) for name, p in trained(model).items()}  # AdamW
@@ -275,15 +275,14 @@ def test_every_parameter_has_one_optimizer_and_one_decay(muon, n):
 def test_rates_and_start_values():
     run = mg.Run(max_iters=4, warmup=0.5, decay_from=0.5, learning_rate=0.2, muon_rate=0.4)
     model, seen = make_gpt(torch.float32), []
-    optimizers = model.configure_optimizers(run)
+    optimizer = model.configure_optimizers(run)
 
     def after_step(step):
         assert model.training
         model.eval()
-        for optimizer in optimizers:
-            seen.extend(group["lr"] for group in optimizer.param_groups)
+        seen.extend(group["lr"] for group in optimizer.param_groups)
 
-    mg.train(model, optimizers, lambda step: batch(6), run, Mock(), after_step)
+    mg.train(model, optimizer, lambda step: batch(6), run, Mock(), after_step)
     assert seen == pytest.approx([0.1, 0.1, 0.2] + 2 * [0.2, 0.2, 0.4] + [0.1, 0.1, 0.2])
     for name, p in mg.GPT(mg.GPTConfig(64, 200, 8, 2, 128)).named_parameters():
         std = 0.005 if name.endswith("c_proj.weight") else 0.02 * (p.dim() == 2)
@@ -295,12 +294,12 @@ def test_rates_and_start_values():
 def test_training_learns_and_stops_at_a_loss_that_is_not_finite(dtype):
     model, run = mg.GPT(mg.GPTConfig(8, 11, 2, 2, 16, horizon=0)), mg.Run(max_iters=30, dtype=dtype)
     x, y = torch.arange(8).repeat(4, 1), torch.arange(1, 9).repeat(4, 1)
-    optimizers, before = model.configure_optimizers(run), model(x, y)[1].item()
-    mg.train(model, optimizers, lambda step: (x, y), run, Mock())
+    optimizer, before = model.configure_optimizers(run), model(x, y)[1].item()
+    mg.train(model, optimizer, lambda step: (x, y), run, Mock())
     assert model(x, y)[1].item() < 0.5 * before
     torch.nn.init.constant_(model.lm_head.weight, math.inf)
     with pytest.raises(mg.UsageError, match="loss is nan at step 10 .*--learning_rate"):
-        mg.train(model, optimizers, lambda step: (x, y), run, Mock())
+        mg.train(model, optimizer, lambda step: (x, y), run, Mock())
 
 
 def test_text_is_split_and_evaluated_without_dropout(tmp_path, monkeypatch):
@@ -374,14 +373,14 @@ def call(tmp_path, words, out="OUT"):
 def test_arms_share_start_and_batches_and_jobs_change_nothing(tmp_path, monkeypatch):
     seen, train = [], mg.train
 
-    def spy(model, optimizers, next_batch, run, tell, after_step):
+    def spy(model, optimizer, next_batch, run, tell, after_step):
         seen.append({n: p.clone() for n, p in trained(model).items()})
 
         def recorded(step):
             seen[-1][step] = torch.stack(next_batch(step))
             return seen[-1][step]
 
-        train(model, optimizers, recorded, run, tell, after_step)
+        train(model, optimizer, recorded, run, tell, after_step)
         ends.append(trained(model))
 
     ends, arms = [], ["vanilla", "horizon_1", "bigram", "local_myopic"]
