@@ -252,7 +252,7 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     """Causal multi-head self-attention, up to its out-projection, with a myopic backward pass.
 
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
-    horizon, cut: see ARMS, GPTConfig. Obeys autocast. Raises UsageError for a bad value,
+    horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value,
     RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3."""
     T, C = x.shape[1:]
     GPTConfig(T, 1, 1, n_head, C, horizon=horizon, cut=cut)  # refuses a bad value

@@ -644,7 +644,7 @@ def plot_trap(found, others, out_dir):
     runs themselves: that other recipe whose reader most avoids 1.5 < |x| < 2, against |x| < 0.5."""
     fig, ((left, right),) = mg.new_figure(2, width=5.2)
     avoidance = {
-        name: np.divide(*np.take(r["attention_by_x"], [3, 0])) for name, r in others.items()
+        name: r["attention_by_x"][3] / r["attention_by_x"][0] for name, r in others.items()
     }
     caught = min(avoidance, key=avoidance.get, default=None)
     for ax, key in ((left, "attention_by_x"), (right, "probe_error_by_x")):
