@@ -19,7 +19,6 @@ Levine (2024), arXiv 2404.00859, section 4.
 Shapes as in myopic_gpt.py; also L = n_layer, and K lookbacks i = 0 .. K-1.
 """
 
-import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -307,8 +306,10 @@ def train_sine(run, device, tell):
                 gradient_parts.append([step, *diagonal_and_rest(model, *now)])
 
     after_step(0)
-    optimizer = model.configure_optimizers(run)
-    mg.train(model, optimizer, next_batch, run, tell, after_step)
+    optimizers = model.configure_optimizers(run)
+    mg.train(model, optimizers, next_batch, run, tell, after_step)
+    finite = math.isfinite(curve[-1][1])
+    mg.require(finite, f"{run.arm}: the loss ends as nan: lower --learning_rate")
     r2, probe_x, estimate = probe_model(model, run, run.b, len(x), device)
     slopes, correlations = patch(model, run, len(x), device)
     error = np.sin(run.b * probe_x) - estimate
@@ -688,7 +689,7 @@ def draw_film(found, arrays, path):
     last = len(shown["vanilla"]) - 1
     frames = [*range(0, last, 2), last]
     film = FuncAnimation(fig, frame, frames=frames, init_func=fig.canvas.draw)
-    mg.write_whole(path, functools.partial(film.save, writer=PillowWriter(fps=2)))
+    mg.write_whole(path, film.save, writer=PillowWriter(fps=2))
     print(f"film {path}")
 
 
