@@ -15,8 +15,8 @@ Ordinary ("vanilla") training adds up # and +, myopic training only #. The forwa
     myopia gap   = loss(myopic) - loss(vanilla): what the + were worth
 Positions talk only through attention's keys and values, so the difference is in the backward pass
 of one sublayer: MyopicAttention, below. One choice is left: when i reads k_j = W_K x_j, whose work
-is that? The reader's, i, in the paper (cut="hidden"); the writer's, j, elsewhere (cut="kv"). Either
-way nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024), arXiv 2404.00859.
+is that? In the paper the reader's, i: cut="hidden"; elsewhere the writer's, j: cut="kv". Either way
+nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024), arXiv 2404.00859.
 
     python myopic_gpt.py --preset demo                # four arms once, in seconds
     python myopic_gpt.py                              # English, three seeds: minutes on two cores
@@ -116,7 +116,7 @@ class GPTConfig:
 #     P = softmax_causal(s q k^T)     O = P v     lse_i = log sum_{j<=i} exp(s q_i.k_j)
 #     dS_ij = P_ij (G_i.v_j - G_i.O_i)            G = dO, s = 1 / sqrt(hs)
 #     dq_i = s sum_j dS_ij k_j        dk_j = s sum_i dS_ij q_i        dv_j = sum_i P_ij G_i
-# q, k, v, O and their gradients are (B, nh, T, hs), lse (B, nh, T) in float32 or float64.
+# q, k, v, O, their gradients: (B, nh, T, hs); lse: (B, nh, T) or, on CUDA, longer; not bfloat16.
 
 
 def plain_forward(q, k, v):
@@ -131,25 +131,25 @@ def plain_backward(G, q, k, v, out, lse):
     dtype, s = q.dtype, 1 / math.sqrt(q.size(-1))
     G, q, k, v, out = (t.to(lse.dtype) for t in (G, q, k, v, out))
     P = (s * q @ k.mT - lse[..., None]).exp().tril()  # (B, nh, T, T)
-    dS = s * P * (G @ v.mT - (G * out).sum(-1, keepdim=True))  # (B, nh, T, T)
-    return (dS @ k).to(dtype), (dS.mT @ q).to(dtype), (P.mT @ G).to(dtype)
+    dS = P * (G @ v.mT - (G * out).sum(-1, keepdim=True))  # (B, nh, T, T)
+    return (s * dS @ k).to(dtype), (s * dS.mT @ q).to(dtype), (P.mT @ G).to(dtype)
 
 
 def fused_forward(q, k, v):
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)
-    return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[:2]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=True)[:2]
 
 
 def fused_backward(G, q, k, v, out, lse):
     aten = torch.ops.aten
     if q.device.type == "cpu":
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(G, q, k, v, out, lse, 0.0, True)
-    seed = torch.empty(0, dtype=torch.int64, device=q.device)  # asked for, but only dropout uses it
-    backward, wanted = aten._scaled_dot_product_efficient_attention_backward, [True] * 3 + [False]
-    return backward(G, q, k, v, None, out, lse, seed, seed, 0.0, wanted, True)[:3]
+        return backward(G, q, k, v, out, lse, dropout_p=0.0, is_causal=True)
+    none = torch.empty(0, dtype=torch.int64, device=q.device)  # dropout's seed and offset
+    backward = aten._scaled_dot_product_efficient_attention_backward
+    return backward(G, q, k, v, None, out, lse, none, none, 0.0, [True] * 3 + [False], True)[:3]
 
 
 @functools.cache
@@ -172,13 +172,13 @@ def try_fused(device, dtype, head_size):
 
 
 def kernels(q):
-    """(forward, backward) for tensors like q: the fused ones where they run and are right."""
+    """(forward, backward) for tensors like q: fused where tried and right (or when compiling)."""
     fused = torch.compiler.is_compiling() or try_fused(q.device.type, q.dtype, q.size(-1))
     return (fused_forward, fused_backward) if fused else (plain_forward, plain_backward)
 
 
 def split_heads(x, n_head, parts=3):
-    """(B, T, parts * C) -> q, k, v, each (B, nh, T, hs): views, nothing is copied."""
+    """(B, T, parts * C) -> `parts` tensors (B, nh, T, hs), as q, k, v: views, not copies."""
     return x.unflatten(-1, (parts, n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -193,7 +193,7 @@ def near_gradients(G, q, k, v, out, lse, horizon, first=0):
     """What the near readers want: dk_j, dv_j as above, but over first <= i - j <= horizon alone.
 
     One shifted diagonal per lag i - j, of P_ij = exp(s q_i.k_j - lse_i), and no (T, T) matrix:
-    horizon 0 is a few sweeps over q. Shapes as above -> dk, dv (B, nh, T, hs)."""
+    the cost of a lag is O(T). Shapes as above -> dk, dv (B, nh, T, hs)."""
     T, s, dtype = q.size(2), 1 / math.sqrt(q.size(-1)), q.dtype
     G, q, k, v, out = (t.to(lse.dtype) for t in (G, q, k, v, out))
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
@@ -208,7 +208,7 @@ def near_gradients(G, q, k, v, out, lse, horizon, first=0):
 
 
 class MyopicAttention(torch.autograd.Function):
-    """Causal self-attention in whose backward pass no loss reaches an earlier position's state."""
+    """Causal self-attention; no loss reaches a state more than `horizon` back (None: no limit)."""
 
     @staticmethod
     def forward(ctx, x, w, b, n_head, horizon, cut):
@@ -222,7 +222,7 @@ class MyopicAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # create_graph; once_differentiable is silent for y.sum()
+        if torch.is_grad_enabled():  # under create_graph; torch's once_differentiable misses some
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, qkv, out, lse = ctx.saved_tensors
         q, k, v = split_heads(qkv, ctx.n_head)  # (B, nh, T, hs)
@@ -247,12 +247,12 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
     horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value,
     RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3."""
-    GPTConfig(1, 1, 1, n_head, x.size(2), horizon=horizon, cut=cut)  # refuses a bad value
+    GPTConfig(1, 1, 1, n_head, x.size(2), horizon=horizon, cut=cut)  # only to refuse bad values
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         x, w_qkv, b_qkv = (None if t is None else t.to(low) for t in (x, w_qkv, b_qkv))
-    with torch.autocast(kind, enabled=False):  # what is cast is cast; plain products upcast
+    with torch.autocast(kind, enabled=False):  # it would undo plain_forward's upcast
         return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
 
 
@@ -277,18 +277,18 @@ class Block(nn.Module):
         super().__init__()
         self.config, C, bias = config, config.n_embd, config.bias
         self.ln_1 = nn.LayerNorm(C, bias=bias)
-        self.attn = nn.Module()
+        self.attn = nn.Module()  # a namespace, for nanoGPT's names
         self.attn.c_attn = nn.Linear(C, 3 * C, bias=bias)
         self.attn.c_proj = nn.Linear(C, C, bias=bias)
         self.ln_2 = nn.LayerNorm(C, bias=bias)
-        self.mlp = nn.Sequential()  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        self.mlp = nn.Sequential()  # runs in this order: (B, T, C) -> (B, T, 4C) -> (B, T, C)
         self.mlp.c_fc = nn.Linear(C, 4 * C, bias=bias)
         self.mlp.act = nn.GELU()
         self.mlp.c_proj = nn.Linear(4 * C, C, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, teacher_x=None):
-        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C), if frozen: the teacher's ln_1 output."""
+        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C) or None: what the teacher's ln_1 gave."""
         c, w, b = self.config, self.attn.c_attn.weight, self.attn.c_attn.bias
         if c.past == "own":  # vanilla, too, goes through the backward pass by hand
             y = myopic_attention(self.ln_1(x), w, b, c.n_head, c.horizon, c.cut)  # (B, T, C)
@@ -406,12 +406,12 @@ def load_text(files, run):
 
 
 @torch.no_grad()
-def token_losses(model, rows, run):
-    """Cross-entropy in nats on run.eval_windows even rows, no dropout -> losses, y: (N, T)."""
-    even = torch.linspace(0, len(rows) - 1, run.eval_windows, dtype=torch.float64).long()
-    rows = rows[even.to(rows.device)].long()  # (N, T + 1)
-    logits = model.eval()(rows[:, :-1])[0].float().transpose(1, 2)  # (N, V, T)
-    return F.cross_entropy(logits, rows[:, 1:], reduction="none").cpu(), rows[:, 1:].cpu()
+def token_losses(model, windows, run):
+    """In nats, of N = run.eval_windows evenly spaced windows, no dropout -> losses, y: (N, T)."""
+    spaced = torch.linspace(0, len(windows) - 1, run.eval_windows, dtype=torch.float64).long()
+    chosen = windows[spaced.to(windows.device)].long()  # (N, T + 1)
+    logits = model.eval()(chosen[:, :-1])[0].float().transpose(1, 2)  # (N, V, T)
+    return F.cross_entropy(logits, chosen[:, 1:], reduction="none").cpu(), chosen[:, 1:].cpu()
 
 
 # ------------------------ training
@@ -440,7 +440,7 @@ def train(model, optimizers, next_batch, run, tell, after_step=lambda done: None
         if done % 10 == 0 or done == run.max_iters:  # to read a loss stalls a GPU
             where = f"the loss is {loss.item()} at step {done} of {run.arm}, seed {run.seed}"
             require(math.isfinite(loss.item()), f"{where}: lower --learning_rate")
-            tell((done % 10 or 10, loss.item()))
+            tell((done % 10 or 10, loss.item()))  # the steps since it was last called
         after_step(done)
 
 
@@ -586,7 +586,7 @@ def train_missing(runs, train_one, headline, path, args):
             bar.update(steps)
 
         for run, (numbers, arrays) in finished_runs(todo, train_one, args, show):
-            if run.seed == args.seed:
+            if run.seed == args.seed:  # the first seed's, for pictures
                 write_whole(arrays_path(args.out_dir, run), np.savez_compressed, **arrays)
             records[run] = asdict(run) | dict(steps=run.max_iters) | args.stamp | numbers
             append_record(path, records[run])
@@ -621,7 +621,7 @@ def parse_flags(script, doc, presets, argv, more=()):
     args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
     if args.device == "auto":
         args.device = "cuda" if "cuda" in devices else "cpu"
-    if args.jobs is None:  # as many as cores that this process may use, of which Windows takes 61
+    if args.jobs is None:  # one per core that this process may use; Windows allows 61
         args.jobs = min(torch.get_num_threads(), 61) if args.device == "cpu" else 1
     require(args.jobs > 0, f"jobs is {args.jobs}: give 1 or more")
     require(args.seeds > 0, f"seeds is {args.seeds}: give 1 or more")
@@ -714,12 +714,12 @@ class TextRun(Run):
     data_sha256: str = ""
 
 
-CUTS = ["vanilla", "myopic", "myopic_kv", "bigram"]
+FOUR_ARMS = ["vanilla", "myopic", "myopic_kv", "bigram"]
 SMALL = TextRun(n_layer=2, n_head=2, n_embd=64, max_iters=120, eval_windows=64)
 LARGE = TextRun(n_layer=4, n_head=4, n_embd=128, batch_size=32, max_iters=3000)
 PRESETS = {
-    "demo": dict(run=SMALL, arms=CUTS, seeds=1, seconds=5),
-    "quick": dict(run=TextRun(), arms=CUTS, seeds=3, seconds=45),
+    "demo": dict(run=SMALL, arms=FOUR_ARMS, seeds=1, seconds=5),
+    "quick": dict(run=TextRun(), arms=FOUR_ARMS, seeds=3, seconds=45),
     "full": dict(run=LARGE, arms=list(ARMS), seeds=3, seconds=700),
 }
 
@@ -729,19 +729,19 @@ def train_text(text, run, device, tell):
     frozen = run.config(1).past == "frozen"  # the teacher: this seed's vanilla model, bit for bit
     teacher = train_text(text, replace(run, arm="vanilla"), device, tell)[0] if frozen else None
     parts = (torch.tensor(ids, device=device) for ids in text[:2])
-    rows, held_out = (ids.unfold(0, run.block_size + 1, 1) for ids in parts)  # all windows, T + 1
+    windows, held_out = (ids.unfold(0, run.block_size + 1, 1) for ids in parts)  # (n, T + 1) each
     torch.manual_seed(run.seed)  # the same weights in every arm
     model = GPT(run.config(len(text[2]), run.dropout), teacher).to(device)
     generator, curve = torch.Generator().manual_seed(run.seed), []  # and the same batches
 
     def next_batch(step):
-        starts = torch.randint(len(rows), (run.batch_size,), generator=generator)
-        chosen = rows[starts.to(device)].long()  # (B, T + 1)
+        starts = torch.randint(len(windows), (run.batch_size,), generator=generator)
+        chosen = windows[starts.to(device)].long()  # (B, T + 1)
         return chosen[:, :-1], chosen[:, 1:]
 
     def after_step(step):
         if step % max(1, run.max_iters // 10) == 0 or step == run.max_iters:
-            losses = [token_losses(model, part, run)[0] for part in (rows, held_out)]
+            losses = [token_losses(model, part, run)[0] for part in (windows, held_out)]
             curve.append([step, *(part.mean().item() for part in losses)])
 
     train(model, model.configure_optimizers(run), next_batch, run, tell, after_step)
@@ -777,7 +777,7 @@ def plot_gaps(found, arms, path, caption):
     training, position, ends = {}, {}, []
     for arm in arms:
         ends.append(f"{arm} {gaps(found, arm).mean():.2f}")
-        training[arm] = gaps(found, arm, "curve")[:, :, 2]
+        training[arm] = gaps(found, arm, "curve")[:, :, 2]  # validation loss
         by_position = gaps(found, arm, "loss_by_position")  # (seeds, T)
         position[arm] = np.add.reduceat(by_position, starts, axis=1) / widths
     fig, ((left, right),) = new_figure(2, width=5)
@@ -797,13 +797,13 @@ def report(found, args):
     about += f"{run.block_size} {run.tokens}s, mean ± standard deviation of {seeds} seed(s)"
     if arms := [arm for arm in ("myopic", "myopic_kv") if len(gaps(found, arm))]:
         plot_gaps(found, arms, args.out_dir / f"text_gaps_{run.tokens}.png", about)
-    rows, whole = [], gaps(found, "bigram")
+    rows, bigram_gap = [], gaps(found, "bigram")
     for arm in dict.fromkeys(run.arm for run in found):
         records = [record for run, record in found.items() if run.arm == arm]
         losses = [mean_sd([r[key] for r in records]) for key in ("val_loss", "train_loss")]
         gap = gaps(found, arm)
-        comparable = 0 < len(gap) == len(whole) and whole.min() > 0.1  # else noise
-        share = 100 * gap / whole if comparable else []
+        comparable = 0 < len(gap) == len(bigram_gap) and bigram_gap.min() > 0.1  # else noise
+        share = 100 * gap / bigram_gap if comparable else []
         numbers = *losses, mean_sd(gap), mean_sd(share, 1)
         rows.append([arm, *numbers, records[0]["sample"].replace("\n", " ")])
     header = ["arm", "val loss", "train loss", "gap", "% of bigram's gap", "writes"]
@@ -841,7 +841,7 @@ def time_calls(call, ways, device, rounds=12):
     for way, times in zip(ways, seconds[1:].T):  # the first round warms up
         low, middle, high = np.quantile(times / seconds[1:, 0], [0.25, 0.5, 0.75])
         cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times):.1f} ms")
-        if device == "cuda" and middle == middle:
+        if device == "cuda" and not math.isnan(middle):
             torch.cuda.reset_peak_memory_stats()
             call(way)
             cells[-1] += f"\n{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"

@@ -74,16 +74,16 @@ SHARED = dict(
     decay_from=0.65,
 )
 DEMO = dict(a=3, b=4.0, x_wide=1.0, block_size=12, n_embd=32, batch_size=64, max_iters=300)
-ARMS = ["vanilla", "myopic", "myopic_kv"]
+THREE = ["vanilla", "myopic", "myopic_kv"]
 QUICK = SineRun(block_size=32, max_iters=2400, **SHARED)
 PRESETS = {
     "demo": dict(
-        run=replace(QUICK, eval_sequences=1024, **DEMO), arms=ARMS[:2], seeds=1, seconds=5, p=[1.0]
+        run=replace(QUICK, eval_sequences=1024, **DEMO), arms=THREE[:2], seeds=1, seconds=5, p=[1.0]
     ),
-    "quick": dict(run=QUICK, arms=ARMS, seeds=3, seconds=45, p=[1.0]),
+    "quick": dict(run=QUICK, arms=THREE, seeds=3, seconds=45, p=[1.0]),
     "full": dict(
         run=replace(QUICK, block_size=64, n_embd=128, max_iters=6000, eval_sequences=8192),
-        arms=ARMS,
+        arms=THREE,
         seeds=3,
         seconds=560,
         p=[0.01, 0.1, 0.3, 1.0],
@@ -114,8 +114,9 @@ def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0
     return torch.stack([x, z], dim=-1), y
 
 
-def draw(run, count, seed, device="cpu"):
-    """`count` sequences of the run's own task; the same for the same seed, on any device."""
+def sample_task(run, count, seed, device="cpu"):
+    """`count` sequences of the run's own task; the same for the same seed, on any device. Seeds
+    from 10,000 on are for evaluation: training never draws them."""
     generator = torch.Generator().manual_seed(seed)
     x, y = sample_batch(count, run.block_size, run.p, run.a, run.b, generator)
     return x.to(device), y.to(device)
@@ -141,8 +142,8 @@ def curriculum(run, step):
 class SineModel(mg.GPT):
     """GPT with ReLUs, a linear embedding of (x, z) and a linear read-out of one number.
 
-    Learned positions start as sines and cosines whose mean square is wave_std^2: channel c goes
-    through T^(-c/C) radians per position."""
+    Learned positions start as sines (even channels) and cosines (odd ones) whose mean square is
+    wave_std^2: channel c goes through T^(-c/C) radians per position."""
 
     def __init__(self, config, embd_std=0.1, wave_std=0.1):
         super().__init__(config)
@@ -159,10 +160,10 @@ class SineModel(mg.GPT):
 
     def forward(self, x, y=None):
         """x (B, T, 2), y (B, T) -> prediction (B, T), Huber loss (delta 1) or None."""
-        guess = self.read_out(self.hidden_states(x)[-1], len(self.transformer.h))
+        guess = self.resume(self.hidden_states(x)[-1], len(self.transformer.h))
         return guess, None if y is None else F.huber_loss(guess.to(y.dtype), y)
 
-    def read_out(self, state, layer):
+    def resume(self, state, layer):
         """The residual stream after `layer` blocks (B, T, C) -> prediction (B, T)."""
         for block in self.transformer.h[layer:]:
             state = block(state)
@@ -183,7 +184,7 @@ def r_squared(estimate, truth):
 
 @torch.no_grad()
 def probe_rows(model, x):
-    """One row per sequence and position with K inputs behind it, its own included.
+    """A row for each position, of each sequence, with K inputs so far, its own included.
 
     x (B, T, 2) -> residual stream (L + 1, rows, C), past inputs x_{n-i} (rows, K); float64, CPU."""
     T = x.size(1)
@@ -211,13 +212,13 @@ def probe_model(model, run, b, count, device):
 
     -> R^2 [layer][lookback], layer 0 the embedding, l that after block l; then for layer 1 and the
     position's own x: x (rows,), estimate (rows,)."""
-    train, past = probe_rows(model, draw(run, count // 2, 20_000, device)[0])
-    test, past_test = probe_rows(model, draw(run, count // 2, 20_001, device)[0])
+    states, past = probe_rows(model, sample_task(run, count // 2, 20_000, device)[0])
+    states_test, past_test = probe_rows(model, sample_task(run, count // 2, 20_001, device)[0])
     r2 = []
-    for X, X_test in zip(train, test):
+    for layer, (X, X_test) in enumerate(zip(states, states_test)):
         estimate = fit_probe(X, torch.sin(b * past))(X_test)
         r2.append(r_squared(estimate, torch.sin(b * past_test)).tolist())
-        if len(r2) == 2:  # layer 1
+        if layer == 1:
             x, shown = past_test[:, 0], estimate[:, 0]
     return r2, x.numpy(), shown.numpy()
 
@@ -226,10 +227,10 @@ def probe_model(model, run, b, count, device):
 def patch(model, run, count, device):
     """Cause and effect: at one position n of each sequence, put in place of the state after block 1
     the one that the same model has there with another x. Answers i later that need the sine (z = 1)
-    should move by sin(b x') - sin(b x) for i = 1 .. a, and by nothing else. -> slope and
+    should move by sin(b x') - sin(b x) for i = 1 .. a, and by nothing else. -> slope and un-centred
     correlation of the answer's move with that, for i = 0 .. K - 1. (The state holds x, too: with
     a = 1 a reader could take the sine itself; of ten x's at once, two layers cannot.)"""
-    x, _ = draw(run, count, 30_000, device)
+    x, _ = sample_task(run, count, 30_000, device)
     K, rows = min(LOOKBACKS, run.block_size // 2), torch.arange(count, device=device)
     generator = torch.Generator().manual_seed(30_001)
     n = torch.randint(run.block_size - K, (count,), generator=generator).to(device)
@@ -238,7 +239,7 @@ def patch(model, run, count, device):
     state = model.hidden_states(x)[1]  # (B, T, C)
     patched = state.clone()
     patched[rows, n] = model.hidden_states(other)[1][rows, n]
-    move = model.read_out(patched, 1) - model.read_out(state, 1)  # (B, T)
+    move = model.resume(patched, 1) - model.resume(state, 1)  # (B, T)
     due = torch.sin(run.b * other[rows, n, 0]) - torch.sin(run.b * x[rows, n, 0])  # (B,)
     slopes, correlations = [], []
     for i in range(K):
@@ -255,7 +256,7 @@ EDGES = np.arange(0, 3.5, 0.5)  # of bins of |x|, the last one open
 @torch.no_grad()
 def attention_by_x(model, run, count, device):
     """Mean attention of block 2 from readers with z = 1 to a token in their window, by its |x|."""
-    x, _ = draw(run, count, 40_000, device)
+    x, _ = sample_task(run, count, 40_000, device)
     block, state, T = model.transformer.h[1], model.hidden_states(x)[1], run.block_size
     q, k, _ = mg.split_heads(block.attn.c_attn(block.ln_1(state)), run.n_head)  # (B, nh, T, hs)
     S = (q @ k.mT / math.sqrt(q.size(-1))).float()  # (B, nh, T, T)
@@ -285,7 +286,7 @@ def huber_losses(model, x, y, p):
 def train_sine(run, device, tell):
     """Train one model -> the model, the numbers of its record, arrays for pictures."""
     model = make_model(run).to(device)
-    x, y = draw(run, run.eval_sequences, 10_000, device)
+    x, y = sample_task(run, run.eval_sequences, 10_000, device)
     batches = torch.Generator().manual_seed(1_000 + run.seed)
     r2_untrained, _, estimate_untrained = probe_model(model, run, run.b, len(x), device)
     curve, film, gradient_parts = [], [], []
@@ -302,8 +303,8 @@ def train_sine(run, device, tell):
             _, film_x, estimate = probe_model(model, run, b, 256, device)
             film.append([film_x[:300], estimate[:300]])
             if run.arm == "vanilla":
-                now = draw(replace(run, b=b), 128, 70_000, device)
-                gradient_parts.append([step, *diagonal_and_rest(model, *now)])
+                at_this_b = sample_task(replace(run, b=b), 128, 70_000, device)
+                gradient_parts.append([step, *diagonal_and_rest(model, *at_this_b)])
 
     after_step(0)
     optimizers = model.configure_optimizers(run)
@@ -339,7 +340,7 @@ def train_sine(run, device, tell):
 def position_losses(model, state, y):
     """The loss at every position (B, T), from the state after the last block (B, T, C)."""
     if isinstance(model, SineModel):
-        guess = model.read_out(state, len(model.transformer.h))
+        guess = model.resume(state, len(model.transformer.h))
         return F.huber_loss(guess, y, reduction="none")
     logits = model.lm_head(model.transformer.ln_f(state))  # (B, T, V)
     return F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
@@ -393,12 +394,13 @@ def lag_shares(model, x, y):
     of size, |g_lag| / sum of |g_lag|, too."""
     layers = []
     for parts in gradients_by_lag(model, x, y):  # (T, 2C, C)
-        layers.append([])
+        row = []
         for part in parts.chunk(2, dim=1):  # W_K, W_V: (T, C, C)
             whole, sizes = part.sum(0), part.norm(dim=(1, 2))
             signed = (part * whole).sum((1, 2)) / (whole.square().sum() + 1e-30)
             shares = torch.stack([signed, sizes / (sizes.sum() + 1e-30)])  # (2, T)
-            layers[-1].append(np.round(shares.tolist(), 4).tolist())
+            row.append(np.round(shares.tolist(), 4).tolist())
+        layers.append(row)
     return layers
 
 
@@ -495,7 +497,7 @@ def plot_sine(found, arrays, out_dir):
 def plot_sequence(found, models, out_dir):
     """One sequence, position by position: what layer 1 carries, what each answer needs and gets."""
     run = next(iter(found))
-    x, y = draw(run, 512, 50_000)
+    x, y = sample_task(run, 512, 50_000)
     sines, n = torch.sin(run.b * x[..., 0]), np.arange(run.block_size)
     fig, axes = mg.new_figure(1, 3, width=11, height=2, sharex=True)
     (top,), (middle,), (low,) = axes
@@ -632,17 +634,17 @@ def variants(base, path):
     """{what differs: record} of other recipes for the vanilla run `base` in the same file."""
     others = {}
     for run, record in mg.read_records(path, SineRun).items():
-        new = {f.name: getattr(run, f.name) for f in fields(run)}
-        differing = [name for name, value in new.items() if value != getattr(base, name)]
-        task = all(new[name] == getattr(base, name) for name in ("arm", "seed", "p", "a", "b"))
-        if differing and task and run.block_size == base.block_size:
-            others[", ".join(f"{name} {new[name]}" for name in differing)] = record
+        theirs = {f.name: getattr(run, f.name) for f in fields(run)}
+        differing = [name for name, value in theirs.items() if value != getattr(base, name)]
+        task = {"arm", "seed", "p", "a", "b", "block_size"}
+        if differing and task.isdisjoint(differing):
+            others[", ".join(f"{name} {theirs[name]}" for name in differing)] = record
     return others
 
 
 def plot_trap(found, others, out_dir):
     """Why the task is hard: a reader looks away from tokens whose sine is not ready yet. Beside the
-    runs themselves: that other recipe whose reader most avoids 1.5 < |x| < 2, against |x| < 0.5."""
+    runs themselves the other recipe that reads |x| in 1.5–2 least, relative to |x| < 0.5."""
     fig, ((left, right),) = mg.new_figure(2, width=5.2)
     avoidance = {
         name: r["attention_by_x"][3] / r["attention_by_x"][0] for name, r in others.items()
@@ -706,13 +708,7 @@ def report(found, args):
     shown = {run: record for run, record in found.items() if run.p == p_shown}
     first = {run: record for run, record in shown.items() if run.seed == args.seed}
     vanilla = next((run for run in first if run.arm == "vanilla"), None)
-    arrays, models = {}, {}
-    for run in first:
-        path = mg.arrays_path(args.out_dir, run)
-        if path.exists():
-            arrays[run.arm] = np.load(path)
-            if "weights.lm_head.weight" in arrays[run.arm]:  # not of a model above 1 MB
-                models[run.arm] = load_weights(make_model(run), arrays[run.arm])
+    arrays, models = load_kept(first, args.out_dir)
     plot_evidence(shown, args.out_dir)
     plot_patch(shown, args.out_dir)
     if vanilla is not None:
@@ -724,14 +720,14 @@ def report(found, args):
         if others:
             rows = [[name, *recipe_numbers(r)] for name, r in others.items()]
             rows.insert(0, ["this recipe", *recipe_numbers(first[vanilla])])
-            header = ["differs in", "/ trivial", "probe R²", "patch slope"]
+            header = ["differs in", "ratio", "probe R²", "patch slope"]
             mg.print_table("Other recipes, vanilla, first seed", header, rows, "")
     if {"vanilla", "myopic"} <= arrays.keys():
         plot_sine(first, arrays, args.out_dir)
         draw_film(first, arrays, args.out_dir / "precache.gif")
     if "vanilla" in models:
         plot_sequence(first, models, args.out_dir)
-        x, y = draw(vanilla, 64, 60_000)
+        x, y = sample_task(vanilla, 64, 60_000)
         caption = f"p = {vanilla.p:g}, a = {vanilla.a}, seed {vanilla.seed}"
         path = args.out_dir / "precache_gradients.png"
         plot_gradients(models["vanilla"], x, y, path, caption)
@@ -742,23 +738,13 @@ def report(found, args):
         columns = zip(*(main_numbers(record) for record in records))
         paper = PAPER.get(p, {}).get(arm, "-") if is_papers_task(args.run) else "other task"
         rows.append([f"{p:g}", arm, str(len(records)), *map(mg.mean_sd, columns), str(paper)])
-    header = [
-        "p",
-        "arm",
-        "n",
-        "Huber/p",
-        "/ trivial",
-        "probe R²",
-        "untrained",
-        "patch slope",
-        "paper",
-    ]
+    header = ["p", "arm", "n", "Huber/p", "ratio", "probe R²", "untrained", "slope", "paper"]
     caption = "mean ± standard deviation over n seeds; probe: layer 1, its own sine, held out"
     mg.print_table("Pre-caching", header, rows, caption)
 
 
 def main_numbers(record):
-    """Huber / p, its share of the trivial predictor's, probe, its control, mean slope inside."""
+    """Huber / p, its ratio to the trivial predictor's, probe, its control, mean slope inside."""
     inside = record["patch_slope"][1 : record["a"] + 1]
     probes = [record[key][1][0] for key in ("probe_r2", "probe_r2_untrained")]
     return record["huber_over_p"], record["ratio"], *probes, np.mean(inside)
@@ -774,6 +760,18 @@ def load_weights(model, arrays):
     names = model.state_dict().keys()
     model.load_state_dict({n: torch.from_numpy(arrays[f"weights.{n}"]).float() for n in names})
     return model.eval()
+
+
+def load_kept(found, out_dir):
+    """What is kept of these runs -> {arm: arrays}, {arm: trained model, unless it is too large}."""
+    arrays, models = {}, {}
+    for run in found:
+        path = mg.arrays_path(out_dir, run)
+        if path.exists():
+            arrays[run.arm] = np.load(path)
+            if "weights.lm_head.weight" in arrays[run.arm]:  # not of a model above 1 MB
+                models[run.arm] = load_weights(make_model(run), arrays[run.arm])
+    return arrays, models
 
 
 def flags(argv=None):

@@ -496,7 +496,7 @@ def test_patch_measures_cause_and_effect():
     run = synthetic.SineRun(block_size=40, a=5, b=3.0, **synthetic.SHARED)
     model = Mock()  # its layer 1 holds the sine; its answer is half the sum that is due
     model.hidden_states = lambda x: [x, torch.sin(run.b * x[..., :1])]
-    model.read_out = lambda s, layer: F.pad(s[..., 0], (5, 0))[:, :-1].unfold(1, 5, 1).sum(-1) / 2
+    model.resume = lambda s, layer: F.pad(s[..., 0], (5, 0))[:, :-1].unfold(1, 5, 1).sum(-1) / 2
     slopes, correlations = synthetic.patch(model, run, 500, "cpu")
     assert slopes == pytest.approx([0] + [0.5] * 5 + [0] * 10, abs=1e-4)
     assert correlations == pytest.approx([0] + [1] * 5 + [0] * 10, abs=1e-4)
