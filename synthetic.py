@@ -583,14 +583,16 @@ def plot_lags(shares, path, caption, parts=None):
             ax.plot(mean, style, color="#0072B2", label=f"at the {stage}")
             ax.fill_between(range(T), mean - sd, mean + sd, color="#0072B2", alpha=0.2, lw=0)
             rows.append([f"{name}, {stage}", *lag_sums(signed)])
+        by_size = stages["end"][:, layer, row, 1].mean(0)
+        ax.plot(by_size, color="#D55E00", linewidth=0.8, label="at the end, by size")
         ax.plot(counted, "--", color="#999999", label="counting terms")
         ax.set(title=name, xlabel="lag: reader − writer")
     axes[0, 0].set_ylabel("share of the gradient")
     axes[0, 0].legend(fontsize=7)
     if parts is not None:
         draw_parts(*axes[:, -1], *parts)
-    fig.suptitle("Trained (solid): from readers that need a state, not from all alike (grey)")
-    mg.save_figure(fig, path, f"vanilla; signed shares, they add up to 1; {caption}")
+    fig.suptitle("Trained (solid), the last layer serves few readers, not all alike (grey)")
+    mg.save_figure(fig, path, f"vanilla; shares add up to 1, signed (blue) or by size; {caption}")
     header = ["share of the gradient", "of itself", "of readers 1–4 later", "1–10 later"]
     mg.print_table("Whom W_K and W_V serve", header, rows, caption)
 
