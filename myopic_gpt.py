@@ -746,7 +746,7 @@ def train_text(text, run, device, tell):
 
     train(model, model.configure_optimizers(run), next_batch, run, tell, after_step)
     losses, y = token_losses(model, held_out, run)  # (N, T) each
-    require(losses.isfinite().all(), f"{run.arm}: the loss ends as nan: lower --learning_rate")
+    require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
     words = np.array([word + " " * (run.tokens == "word") for word in text[2]])
     sample = model.generate(held_out[:1, :10].long(), 40, top_k=50)[0].tolist()
     numbers = dict(

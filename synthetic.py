@@ -309,8 +309,8 @@ def train_sine(run, device, tell):
     after_step(0)
     optimizers = model.configure_optimizers(run)
     mg.train(model, optimizers, next_batch, run, tell, after_step)
-    finite = math.isfinite(curve[-1][1])
-    mg.require(finite, f"{run.arm}: the loss ends as nan: lower --learning_rate")
+    finite = np.isfinite(curve).all() and np.isfinite(gradient_parts).all()
+    mg.require(finite, f"{run.arm}: loss or gradient is not finite: lower --learning_rate")
     r2, probe_x, estimate = probe_model(model, run, run.b, len(x), device)
     slopes, correlations = patch(model, run, len(x), device)
     error = np.sin(run.b * probe_x) - estimate

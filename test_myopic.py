@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest import mark
 
 import myopic_gpt as mg
 import synthetic
@@ -121,8 +120,8 @@ DIAGONAL = [("myopic", "diagonal", "reader"), ("myopic_kv", "diagonal", "writer"
 SHAPES = [(1, 1, True, 1), (1, 3, False, 5), (2, 2, True, 3), (2, 1, False, 4), (3, 3, False, 2)]
 
 
-@mark.parametrize("n_layer, n_head, bias, T", [*SHAPES, (3, 2, True, 5)])
-@mark.parametrize("arm, which, owner", ALL + DIAGONAL)
+@pytest.mark.parametrize("n_layer, n_head, bias, T", [*SHAPES, (3, 2, True, 5)])
+@pytest.mark.parametrize("arm, which, owner", ALL + DIAGONAL)
 def test_gradient_is_the_definition(n_layer, n_head, bias, T, arm, which, owner):
     model = make_gpt(n_layer=n_layer, n_head=n_head, bias=bias, **mg.ARMS[arm])
     true = literal_gradient(model, *batch(T), which, owner)
@@ -167,9 +166,9 @@ def oracle(x, w, b, n_head, horizon, cut):
 CUTS = [(None, "hidden"), (0, "hidden"), (0, "kv"), (1, "kv"), (2, "hidden"), (40, "kv")]
 
 
-@mark.parametrize("device, dtype", DEVICES)
-@mark.parametrize("T", [1, 33, 64])
-@mark.parametrize("horizon, cut", CUTS)
+@pytest.mark.parametrize("device, dtype", DEVICES)
+@pytest.mark.parametrize("T", [1, 33, 64])
+@pytest.mark.parametrize("horizon, cut", CUTS)
 def test_attention_is_its_oracle(monkeypatch, device, dtype, T, horizon, cut):
     leaves, dy = attention_inputs(T, T != 33, dtype, device)
     exact = [None if t is None else t.detach().cpu().double().requires_grad_() for t in leaves]
@@ -189,7 +188,7 @@ WRONG = [
 ]
 
 
-@mark.parametrize("name, kernel", WRONG)
+@pytest.mark.parametrize("name, kernel", WRONG)
 def test_plain_serves_if_fused_fails(monkeypatch, capsys, name, kernel):
     assert all(mg.try_fused(device, dtype, 8) for device, dtype in DEVICES if device != "mps")
     monkeypatch.setattr(mg, name, kernel)
@@ -198,6 +197,12 @@ def test_plain_serves_if_fused_fails(monkeypatch, capsys, name, kernel):
     got = [attention_gradients(mg.myopic_attention, *inputs, 3) for _ in range(2)]
     assert_agree(got[1], attention_gradients(oracle, *inputs, 3, 0, "hidden"))
     assert capsys.readouterr().out.count("plain products serve") == 1
+
+
+def test_kernels_on_cuda_are_called_as_their_signatures_say():
+    q = torch.empty(2, 2, 33, 8, device="meta")  # computes nothing, checks arguments
+    grads = mg.fused_backward(q, q, q, q, *mg.fused_forward(q, q, q))
+    assert [t.shape for t in grads] == [q.shape] * 3
 
 
 def test_plain_products_upcast_before_they_multiply():
@@ -248,6 +253,7 @@ def test_bigram_and_local_myopic():
     other[:, :4] = (idx[:, :4] + 1) % 11
     bigram = make_gpt(**mg.ARMS["bigram"])
     assert torch.equal(bigram(idx)[0][:, 4:], bigram(other)[0][:, 4:])
+    assert torch.equal(bigram.generate(idx, 4, top_k=1), bigram.generate(idx, 4, temperature=1e-9))
     local = make_gpt(teacher=teacher, **mg.ARMS["local_myopic"])
     states, before = teacher.hidden_states(idx), local(idx)[0][:, 4:]
     frozen = [block.ln_1(x) for block, x in zip(teacher.transformer.h, states)]
@@ -259,7 +265,7 @@ def test_bigram_and_local_myopic():
 
 
 # ------------------------ training and text
-@mark.parametrize("muon, n", [("", 4), (".h.", 4), ("attn", 2), ("none", 0)])
+@pytest.mark.parametrize("muon, n", [("", 4), (".h.", 4), ("attn", 2), ("none", 0)])
 def test_every_parameter_has_one_optimizer_and_one_decay(muon, n):
     model = make_gpt(n_layer=1, past="frozen", teacher=make_gpt())
     found, names = [], {id(p): n for n, p in model.named_parameters()}
@@ -290,28 +296,30 @@ def test_rates_and_start_values():
         assert p.dim() == 2 or p[0] == (not name.endswith("bias")), name
 
 
-@mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_learns_and_stops_at_a_loss_that_is_not_finite(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns_and_stops_at_a_loss_that_is_not_finite(monkeypatch, dtype):
     model, run = mg.GPT(mg.GPTConfig(8, 11, 2, 2, 16, horizon=0)), mg.Run(max_iters=30, dtype=dtype)
     x, y = torch.arange(8).repeat(4, 1), torch.arange(1, 9).repeat(4, 1)
     optimizers, before = model.configure_optimizers(run), model(x, y)[1].item()
+    monkeypatch.setattr(mg, "kernels", Mock(wraps=mg.kernels))
     mg.train(model, optimizers, lambda step: (x, y), run, Mock())
+    assert mg.kernels.call_args[0][0].dtype == getattr(torch, dtype)
     assert model(x, y)[1].item() < 0.5 * before
     torch.nn.init.constant_(model.lm_head.weight, math.inf)
     with pytest.raises(mg.UsageError, match="loss is nan at step 10 .*--learning_rate"):
         mg.train(model, optimizers, lambda step: (x, y), run, Mock())
 
 
-def test_text_is_split_and_evaluated_without_dropout(tmp_path, monkeypatch):
+def test_text_is_split_and_evaluated_without_dropout(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("the cat, the dog. " * 18 + "the emu, the cät.", encoding="utf-8")
     words = mg.TextRun(tokens="word", vocab_size=5, block_size=8)
     train, held_out, vocabulary = mg.load_text([file, file], words)
     assert vocabulary[:2] == ["<unk>", "the"] and len(vocabulary) == 5
     assert held_out[[0, -1]].tolist() == [0, 3] and (train == 1).sum() == 68
-    train, held_out = (bytes(part.tolist()) for part in mg.load_text([], mg.TextRun())[:2])
-    paragraphs = [p for p in (train + held_out).split(b"\n\n") if p]
-    assert len(set(paragraphs)) == len(paragraphs) > 5000 and len(held_out) > 10**5
+    default = (bytes(part.tolist()) for part in mg.load_text([], mg.TextRun())[:2])
+    train, held_out = (set(part.split(b"\n\n")) - {b""} for part in default)  # paragraphs
+    assert len(train) > 5000 and len(held_out) > 500 and train.isdisjoint(held_out)
     model, run = make_gpt(dropout=0.5).train(), mg.TextRun(block_size=8, eval_windows=5)
     rows = torch.arange(100).remainder(11).unfold(0, 9, 1)
     (first, y), (second, _) = (mg.token_losses(model, rows, run) for _ in "ab")
@@ -330,24 +338,23 @@ for _ in range(int(sys.argv[3])):
 
 def test_racing_and_killed_writers(tmp_path, capsys):
     path = tmp_path / "text.jsonl"
-    records = [json.dumps(asdict(mg.Run(seed=n)) | dict(filler="x" * 9999)) for n in range(8)]
+    records = [json.dumps(asdict(mg.Run(seed=n)) | dict(filler="x" * 9999)) for n in range(6)]
     command = [sys.executable, "-c", WRITER, str(path)]
     writers = [subprocess.Popen([*command, record, "40"]) for record in records[:4]]
     assert [process.wait(60) for process in writers] == [0] * 4
     assert [path.read_text().splitlines().count(record) for record in records[:4]] == [40] * 4
-    for seed in (4, 5):
-        process, size = subprocess.Popen([*command, records[seed], "99999"]), path.stat().st_size
-        while path.stat().st_size < size + 10**6:
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-        path.write_bytes(path.read_bytes() + b'{"half": ')
-        mg.append_record(path, json.loads(records[seed + 2]))
+    process, size = subprocess.Popen([*command, records[4], "99999"]), path.stat().st_size
+    while path.stat().st_size < size + 10**6:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    path.write_bytes(path.read_bytes() + b'{"half": ')
+    mg.append_record(path, json.loads(records[5]))
     mg.append_record(path, asdict(mg.Run()))
     found = mg.read_records(path, mg.Run)
-    assert sorted(run.seed for run in found) == list(range(8))
+    assert sorted(run.seed for run in found) == list(range(6))
     assert "filler" not in found[mg.Run()]  # the last line counts
-    assert 2 <= capsys.readouterr().out.count("is skipped") <= 4
+    assert 1 <= capsys.readouterr().out.count("is skipped") <= 2
 
 
 # ------------------------ the command
@@ -378,8 +385,9 @@ def test_arms_share_start_and_batches_and_jobs_change_nothing(tmp_path, monkeypa
         seen.append({n: p.clone() for n, p in trained(model).items()})
 
         def recorded(step):
-            seen[-1][step] = torch.stack(next_batch(step))
-            return seen[-1][step]
+            x, y = next_batch(step)
+            seen[-1] |= {(step, "x"): x, (step, "y"): y}
+            return x, y
 
         train(model, optimizers, recorded, run, tell, after_step)
         ends.append(trained(model))
@@ -388,43 +396,48 @@ def test_arms_share_start_and_batches_and_jobs_change_nothing(tmp_path, monkeypa
     monkeypatch.setattr(mg, "train", spy)
     records = call(tmp_path, "--arms " + " ".join(arms))
     assert [r["arm"] for r in records] == arms and len({r["val_loss"] for r in records}) == 4
-    assert len(seen) == 5  # local_myopic trains its teacher first
     for start_and_batches in seen:
         assert_agree(start_and_batches, seen[0], 0)
-    assert_agree(ends[3], ends[0], 0)  # the teacher is vanilla
+    assert_agree(ends[3], ends[0], 0)  # local_myopic trains its teacher first: vanilla
     assert call(tmp_path, "--arms " + " ".join(arms)) == records and len(seen) == 5
     assert call(tmp_path, "--arms bigram --fresh") == [*records, records[2]]
     parallel = call(tmp_path, f"--arms {' '.join(arms)} --jobs 2", "TWO")
     assert sorted(parallel, key=lambda r: arms.index(r["arm"])) == records
+    demo = replace(synthetic.PRESETS["demo"]["run"], max_iters=3)
+    for arm in arms[:2]:
+        synthetic.train_sine(replace(demo, arm=arm), "cpu", Mock())
+    assert_agree(seen[-1], seen[-2], 0)
+    text, x, y = (tmp_path / "DATA").read_bytes(), seen[0][0, "x"], seen[0][0, "y"]
+    train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    assert torch.equal(x[:, 1:], y[:, :-1]) and all(bytes(row.tolist()) in train for row in x)
+    assert all(r["curve"][-1] == [4, r["train_loss"], r["val_loss"]] for r in records)
+    arrays = np.load(next((tmp_path / "OUT" / "arrays").iterdir()))
+    assert "".join(arrays["tokens"][0]) == held_out[1:9].decode()
 
 
 def test_figures_are_redrawn_on_any_console(tmp_path, monkeypatch):
     call(tmp_path, "--arms vanilla myopic")
+    figure = tmp_path / "OUT" / "text_gaps_byte.png"
     for encoding in ("cp1252", "cp932"):
-        for file in (tmp_path / "OUT").glob("*.png"):
-            file.unlink()
+        figure.unlink()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
         call(tmp_path, "--arms vanilla myopic bigram --plot_only")  # bigram is not recorded
-        assert (tmp_path / "OUT" / "text_gaps_byte.png").exists()
+        assert figure.exists()
 
 
 BAD = [
     ("--learning_rate nan", "learning_rate is nan"),
     ("--n_embd 7 --n_head 2", "n_embd is 7"),
     ("--arms no_such", "arm no_such is unknown"),
-    ("--tokens char", "invalid choice: 'char'"),
-    ("--data MISSING", "MISSING"),
     ("--data LATIN", "LATIN"),
-    ("--data SHORT", "block_size is 8"),
     ("--out_dir SHORT", "SHORT"),
     ("--plot_only", "no results"),
-    ("--jobs 0", "jobs is 0"),
     ("--max_iters 1 --learning_rate 1e30", "--learning_rate"),
     ("--arms myopic --learning_rate 1e30 --jobs 2", "loss is nan at step 4 of myopic, seed 0"),
 ]
 
 
-@mark.parametrize("words, said", BAD)
+@pytest.mark.parametrize("words, said", BAD)
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, words, said):
     with pytest.raises(SystemExit) as stop:
         mg.main(tiny(tmp_path, words))
@@ -432,8 +445,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, words, said):
     assert stop.value.code == 2 and said in error and "\n" not in error
 
 
-@mark.skipif(os.name == "nt", reason="no process groups")
-@mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.skipif(os.name == "nt", reason="no process groups")
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_or_killed_no_process_is_left(tmp_path, number, status):
     command = [sys.executable, mg.__file__, *tiny(tmp_path, "--max_iters 9999999 --jobs 2")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -452,17 +465,17 @@ def test_gaps_are_paired_by_seed(monkeypatch, capsys):
         record = dict(n_params=7, val_loss=losses[arm][seed], train_loss=3, sample="so")
         found[mg.TextRun(arm=arm, seed=seed)] = record
     monkeypatch.setattr(mg, "plot_gaps", Mock())
-    assert mg.mean_sd(mg.gaps(found, "myopic")) == "0.375 ± 0.177"
     mg.report(found, MagicMock())
-    assert re.search(r"myopic .* 0.375 .* 37.5\b", capsys.readouterr().out)
+    assert re.search(r"myopic .* 0.375 ± 0.177 .* 37.5 ± 17.7", capsys.readouterr().out)
     found.pop(mg.TextRun(arm="vanilla", seed=1))
     assert mg.gaps(found, "myopic").tolist() == [0.5]
 
 
-def test_bench_has_a_cell_for_what_does_not_fit():
-    calls = dict(base=Mock(), large=Mock(side_effect=torch.OutOfMemoryError("full")))
-    base, large = mg.time_calls(lambda way: calls[way](), list(calls), "cpu")
-    assert base.startswith("1.00 (1.00–1.00)\n") and large.startswith("nan")
+def test_bench_has_a_cell_for_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mg, "two_stream_attention", Mock(side_effect=torch.OutOfMemoryError))
+    mg.main(tiny(tmp_path, "--bench"))
+    table = capsys.readouterr().out
+    assert table.count("(1.00–1.00)") == 7 and table.count("(nan–nan)") == 6
 
 
 # ------------------------ the sine task
@@ -475,21 +488,11 @@ def test_sample_batch_is_the_definition_and_the_curriculum_ends_on_it():
         assert z in (0, 1) and abs(ys[s, n].item() - (z * past + (1 - z) * x[n].item())) < 1e-5
     x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
     assert abs(x[..., 1].mean() - 0.3) < 0.01 and abs(x[..., 0].std() - 1) < 0.01
-    trivial = F.huber_loss(synthetic.trivial_prediction(x), y).item() / 0.3
-    assert abs(trivial - 1.2569) < 0.03  # the paper's
+    assert abs(F.huber_loss(synthetic.trivial_prediction(x), y) / 0.3 - 1.2569) < 0.03  # paper's
     run = synthetic.SineRun(max_iters=100, p=0.3, **synthetic.SHARED)
     assert synthetic.curriculum(run, 0) == (2.0, 1.0, 1.5)
-    b, p, x_std = synthetic.curriculum(run, 40)
-    assert b == pytest.approx(6.0) and (p, x_std) == (0.3, 1.5)
+    assert synthetic.curriculum(run, 40) == pytest.approx((6.0, 0.3, 1.5))
     assert all(synthetic.curriculum(run, step) == (10.0, 0.3, 1.0) for step in range(80, 100))
-
-
-def test_probe_finds_what_is_there_and_nothing_else():
-    X, other = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0)).double()
-    targets = torch.stack([X[:, 0] - 2 * X[:, 3] + 5, other[:, 0]], dim=1)
-    read = synthetic.fit_probe(X[:2000], targets[:2000])
-    there, not_there = synthetic.r_squared(read(X[2000:]), targets[2000:])
-    assert there > 0.999 and abs(not_there) < 0.02
 
 
 def test_patch_measures_cause_and_effect():
@@ -515,9 +518,8 @@ def sine_model(**arm):
 REACH = dict(vanilla=(8, 8), horizon_2=(4, 2), myopic=(0, 0), myopic_kv=(0, 0))
 
 
-@mark.parametrize("arm", REACH)
-def test_tables_of_gradients(arm):
-    """From the embedding the loss is reached through two layers, from layer 1 through one."""
+@pytest.mark.parametrize("arm", REACH)
+def test_a_loss_reaches_the_embedding_through_two_layers_and_layer_1_through_one(arm):
     tables = synthetic.gradient_tables(*sine_model(**mg.arm_fields(arm)))
     for i, j in itertools.product(range(9), range(9)):
         assert [t[i, j] > 1e-9 for t in tables] == [0 <= i - j <= reach for reach in REACH[arm]]
@@ -560,9 +562,8 @@ def test_sines_from_command_to_film(tmp_path):
         assert f"precache{name}.png" in figures and "precache.gif" in figures
     assert len((tmp_path / "synthetic.jsonl").read_text().splitlines()) == 6
     for words in ("--a 12", "--n_layer 1", "--p 0"):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="2"):
             synthetic.main([*flags, *words.split()])
-        assert stop.value.code == 2
 
 
 # ------------------------ README
@@ -572,12 +573,11 @@ README, TABLES = ((ROOT / name).read_text("utf-8") for name in ("README.md", "re
 
 def test_readme_shows_what_its_examples_print(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    pattern = r"```python\n((?:import|from p).*?)```(?:\s+```\n(.*?)```)?"
-    examples = re.findall(pattern, README, re.S)
-    for code, printed in examples:
+    shown = re.findall(r"```python\n((?:import|from p).*?)```(?:\s+```\n(.*?)```)?", README, re.S)
+    for code, printed in shown:
         exec(code, {})
         assert capsys.readouterr().out == printed
-    assert len(examples) == 3
+    assert len(shown) == 3
 
 
 def test_numbers_in_the_tables_are_those_of_the_records():
