@@ -591,7 +591,7 @@ def plot_lags(shares, path, caption, parts=None):
     axes[0, 0].legend(fontsize=7)
     if parts is not None:
         draw_parts(*axes[:, -1], *parts)
-    fig.suptitle("Trained (solid), the last layer serves few readers, not all alike (grey)")
+    fig.suptitle("Whom W_K and W_V serve: trained (solid), not every reader alike (grey)")
     mg.save_figure(fig, path, f"vanilla; shares add up to 1, signed (blue) or by size; {caption}")
     header = ["share of the gradient", "of itself", "of readers 1–4 later", "1–10 later"]
     mg.print_table("Whom W_K and W_V serve", header, rows, caption)
