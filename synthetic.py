@@ -116,7 +116,7 @@ def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0
 
 def sample_task(run, count, seed, device="cpu"):
     """`count` sequences of the run's own task; the same for the same seed, on any device. Seeds
-    from 10,000 on are for evaluation: training never draws them."""
+    from 10,000 on are for evaluation; training draws from 1,000 + the run's seed."""
     generator = torch.Generator().manual_seed(seed)
     x, y = sample_batch(count, run.block_size, run.p, run.a, run.b, generator)
     return x.to(device), y.to(device)
