@@ -14,9 +14,7 @@ Ordinary ("vanilla") training adds up # and +, myopic training only #. The forwa
     breadcrumbs  = features that are useful later, but that # alone would have made
     myopia gap   = loss(myopic) - loss(vanilla): what the + were worth
 Positions talk only through attention's keys and values, so the difference is in the backward pass
-of one sublayer: MyopicAttention, below. One choice is left: when i reads k_j = W_K x_j, whose work
-is that? In the paper the reader's, i: cut="hidden"; elsewhere the writer's, j: cut="kv". Either way
-nothing goes from i to x_j: only dW_K, dW_V differ. Wu, Morris, Levine (2024), arXiv 2404.00859.
+of one sublayer: MyopicAttention, below. Wu, Morris, Levine (2024), arXiv 2404.00859.
 
     python myopic_gpt.py --preset demo                # four arms once, in seconds
     python myopic_gpt.py                              # English, three seeds: minutes on two cores
@@ -27,8 +25,8 @@ The gradient of the loss with respect to X is called dX and has X's shape.
 
 import argparse
 import ast
-import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -36,17 +34,18 @@ import math
 import multiprocessing
 import os
 import platform
-import random
-import re
+import secrets
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import mode
 
+import matplotlib.style
 import numpy as np
 import torch
 import torch.nn as nn
@@ -56,12 +55,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-# ------------------------ configuration
+# ------------------------ arms and configuration
 # An arm of a comparison is three fields; everything else, weights and batches included, is shared.
 #   horizon  None: gradients travel freely; 0: not at all; h: h positions along each attention edge,
 #            n_layer * h in all, a road between the two gradients; h >= T - 1 is the same as None
-#   cut      "hidden": between x_j and k_j, v_j, so W_K and W_V learn from every reader (the paper);
-#            "kv": at k_j, v_j themselves, so W_K and W_V learn from their own position alone
+#   cut      when i reads k_j = W_K x_j, whose work is that?  "hidden": the reader's, so W_K and W_V
+#            learn from every reader (the paper); "kv": the writer's, from their own position alone
 #   past     keys and values of the past are made from the model's "own" states, from those of a
 #            "frozen" trained vanilla model, or are "zero"; the last two ignore horizon and cut
 ARMS = {
@@ -71,23 +70,6 @@ ARMS = {
     "local_myopic": dict(horizon=0, cut="hidden", past="frozen"),
     "bigram": dict(horizon=0, cut="hidden", past="zero"),
 }
-
-
-class UsageError(ValueError):
-    """Bad input. The message names the value and what to do; main() prints it and exits with 2."""
-
-
-def require(condition, message):
-    if not condition:
-        raise UsageError(message)
-
-
-def arm_fields(name):
-    """The three fields of an arm of ARMS or of 'horizon_<h>'. Raises UsageError for other names."""
-    if name.startswith("horizon_") and name[8:].isdecimal():
-        return dict(horizon=int(name[8:]), cut="hidden", past="own")
-    require(name in ARMS, f"arm {name} is unknown: choose from {', '.join(ARMS)}, horizon_<h>")
-    return ARMS[name]
 
 
 @dataclass
@@ -106,104 +88,84 @@ class GPTConfig:
     past: str = "own"
 
     def __post_init__(self):
-        require(self.n_embd % self.n_head == 0, f"n_embd is {self.n_embd}: n_head must divide it")
-        require((self.horizon or 0) >= 0, f"horizon is {self.horizon}: make it None, 0 or more")
-        require(self.cut in ("hidden", "kv"), f"cut is {self.cut!r}: choose 'hidden' or 'kv'")
+        check_attention(self.n_embd, self.n_head, self.horizon, self.cut)
         require(self.past in ("own", "frozen", "zero"), f"past is {self.past!r}: see ARMS")
 
 
-# ------------------------ attention, forward and backward: plain to be read, fused to be fast
-#     P = softmax_causal(s q k^T)     O = P v     lse_i = log sum_{j<=i} exp(s q_i.k_j)
-#     dS_ij = P_ij (G_i.v_j - G_i.O_i)            G = dO, s = 1 / sqrt(hs)
-#     dq_i = s sum_j dS_ij k_j        dk_j = s sum_i dS_ij q_i        dv_j = sum_i P_ij G_i
-# q, k, v, O, their gradients: (B, nh, T, hs); lse: (B, nh, T) or, on CUDA, longer; not bfloat16.
+# ------------------------ attention and its backward pass
+#     P = softmax_causal(s q k^T)        O = P v        s = 1 / sqrt(hs)
+#     lse_i = log sum_{j<=i} exp(s q_i.k_j), so that P_ij = exp(s q_i.k_j - lse_i)
+#
+# Backward, with G = dO. Torch does the first three sums; the near ones and the cut are ours.
+#     dS_ij = P_ij (G_i.v_j - G_i.O_i)
+#     dq_i  = s sum_{j<=i} dS_ij k_j                       every position asks its own question
+#     dk_j  = s sum_{i>=j} dS_ij q_i                       what all the readers i of j want
+#     dv_j  =   sum_{i>=j} P_ij G_i
+#     near: the same two, over 0 <= i - j <= horizon       what the near ones want; myopic: i = j
+#
+# q, k, v, O, G and their gradients are (B, nh, T, hs), lse is (B, nh, T).
 
 
-def plain_forward(q, k, v):
-    q, k, wide_v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-    S = q @ k.mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
-    lse = (S + torch.full_like(S[0, 0], -math.inf).triu(1)).logsumexp(-1)  # (B, nh, T)
-    P = (S - lse[..., None]).exp().tril()  # (B, nh, T, T)
-    return (P @ wide_v).to(v.dtype), lse
+def split_heads(x, n_head):
+    """(B, T, C) -> (B, nh, T, hs), a view."""
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 
-def plain_backward(G, q, k, v, out, lse):
-    dtype, s = q.dtype, 1 / math.sqrt(q.size(-1))
-    G, q, k, v, out = (t.to(lse.dtype) for t in (G, q, k, v, out))
-    P = (s * q @ k.mT - lse[..., None]).exp().tril()  # (B, nh, T, T)
-    dS = P * (G @ v.mT - (G * out).sum(-1, keepdim=True))  # (B, nh, T, T)
-    return (s * dS @ k).to(dtype), (s * dS.mT @ q).to(dtype), (P.mT @ G).to(dtype)
+def merge_heads(x):
+    """(B, nh, T, hs) -> (B, T, C), the inverse."""
+    return x.transpose(1, 2).flatten(2)
 
 
-def fused_forward(q, k, v):
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)
-    return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, is_causal=True)[:2]
+def heads(x, w, b, n_head):
+    """x (B, T, C) -> q, k, v (B, nh, T, hs)."""
+    qkv = F.linear(x, w, b).chunk(3, dim=-1)  # three of (B, T, C)
+    return [split_heads(t, n_head) for t in qkv]
 
 
-def fused_backward(G, q, k, v, out, lse):
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(G, q, k, v, out, lse, dropout_p=0.0, is_causal=True)
-    none = torch.empty(0, dtype=torch.int64, device=q.device)  # dropout's seed and offset
-    backward = aten._scaled_dot_product_efficient_attention_backward
-    return backward(G, q, k, v, None, out, lse, none, none, 0.0, [True] * 3 + [False], True)[:3]
+def attend(q, k, v):
+    """Torch's attention in a small graph of its own -> q, k, v, O, ready for autograd.grad.
+
+    Its hooks keep a caller's hooks (checkpointing) out of this graph. They save O detached: O
+    saved as it is would hold the graph that holds O, and nothing would ever be freed."""
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
+    with torch.enable_grad(), hooks:
+        return q, k, v, F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@functools.cache
-def try_fused(device, dtype, head_size):
-    """Do the fused kernels run here, on views of one buffer, and agree with the plain ones?"""
-    wave = torch.arange(2 * 33 * 8 * head_size, device=device).mul(0.7).sin().to(dtype)
-    q, k, v, G = split_heads(wave.view(2, 33, -1), 2, parts=4)  # (2, 2, 33, hs)
-    try:
-        out, lse = fused_forward(q, k, v)
-        got = out, lse[:, :, :33], *fused_backward(G, q, k, v, out, lse)
-        G, q, k, v = (t.double() for t in (G, q, k, v))  # no TF32 rounds these
-        out, lse = plain_forward(q, k, v)
-        true = out, lse, *plain_backward(G, q, k, v, out, lse)
-        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
-        torch.testing.assert_close(got, true, rtol=tolerance, atol=tolerance, check_dtype=False)
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        print(f"attention: plain products serve for {dtype} on {device}: {error!r:.100}")
-        return False
-    return True
+def log_sum_exp(q, k, out):
+    """lse (B, nh, T): as the fused forward pass kept it for its own backward, or else computed."""
+    for name in ("_saved_logsumexp", "_saved_log_sumexp"):
+        if hasattr(out.grad_fn, name):  # some kernels pad it, some add an axis of one
+            return getattr(out.grad_fn, name).flatten(2)[:, :, : q.size(2)]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    S = q.to(wide) @ k.to(wide).mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
+    future = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)  # (T, T)
+    return S.masked_fill(future, -math.inf).logsumexp(-1)
 
 
-def kernels(q):
-    """(forward, backward) for tensors like q: fused where tried and right (or when compiling)."""
-    fused = torch.compiler.is_compiling() or try_fused(q.device.type, q.dtype, q.size(-1))
-    return (fused_forward, fused_backward) if fused else (plain_forward, plain_backward)
+def lag_gradients(lag, G, q, k, v, out, lse):
+    """What the readers i = j + lag want -> dk, dv (B, nh, T - lag, hs) of the writers j.
+
+    It takes one shifted diagonal of dS and of P: no (T, T) matrix is made."""
+    T, s = q.size(2), 1 / math.sqrt(q.size(3))
+    q_i, G_i, O_i, lse_i = (t[:, :, lag:] for t in (q, G, out, lse))  # (B, nh, T - lag, hs)
+    k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
+    S = s * (q_i * k_j).sum(-1) - lse_i  # (B, nh, T - lag)
+    P = S.clamp(max=0).exp()[..., None]  # (B, nh, T - lag, 1)
+    dS = P * (G_i * (v_j - O_i)).sum(-1, keepdim=True)  # (B, nh, T - lag, 1)
+    return s * dS * q_i, P * G_i
 
 
-def split_heads(x, n_head, parts=3):
-    """(B, T, parts * C) -> `parts` tensors (B, nh, T, hs), as q, k, v: views, not copies."""
-    return x.unflatten(-1, (parts, n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def merge_heads(*heads):
-    """n tensors (B, nh, T, hs) -> (B, T, nC), the inverse of split_heads; of one tensor, a view."""
-    merged = [t.transpose(1, 2).flatten(2) for t in heads]  # n times (B, T, C)
-    return merged[0] if len(merged) == 1 else torch.cat(merged, dim=-1)
-
-
-# ------------------------ the myopic backward
-def near_gradients(G, q, k, v, out, lse, horizon, first=0):
-    """What the near readers want: dk_j, dv_j as above, but over first <= i - j <= horizon alone.
-
-    One shifted diagonal per lag i - j, of P_ij = exp(s q_i.k_j - lse_i), and no (T, T) matrix:
-    the cost of a lag is O(T). Shapes as above -> dk, dv (B, nh, T, hs)."""
-    T, s, dtype = q.size(2), 1 / math.sqrt(q.size(-1)), q.dtype
-    G, q, k, v, out = (t.to(lse.dtype) for t in (G, q, k, v, out))
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    for lag in range(first, min(horizon, T - 1) + 1):
-        q_i, G_i, O_i = (t[:, :, lag:] for t in (q, G, out))  # (B, nh, T - lag, hs)
-        k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
-        P = (s * (q_i * k_j).sum(-1) - lse[:, :, lag:T]).exp()  # (B, nh, T - lag)
-        dS = P * (G_i * (v_j - O_i)).sum(-1)  # (B, nh, T - lag)
-        dk[:, :, : T - lag].addcmul_((s * dS)[..., None], q_i)
-        dv[:, :, : T - lag].addcmul_(P[..., None], G_i)
+def near_gradients(G, q, k, v, out, lse, horizon):
+    """What the readers with 0 <= i - j <= horizon want -> dk, dv (B, nh, T, hs)."""
+    T, dtype = q.size(2), q.dtype
+    tensors = [t.to(lse.dtype) for t in (G, q, k, v, out)]
+    dk, dv = lag_gradients(0, *tensors, lse)
+    for lag in range(1, min(horizon, T - 1) + 1):
+        dk_lag, dv_lag = lag_gradients(lag, *tensors, lse)
+        dk[:, :, : T - lag] += dk_lag
+        dv[:, :, : T - lag] += dv_lag
     return dk.to(dtype), dv.to(dtype)
 
 
@@ -212,32 +174,41 @@ class MyopicAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, b, n_head, horizon, cut):
-        qkv = F.linear(x, w, b)  # (B, T, 3C)
-        q, k, v = split_heads(qkv, n_head)  # (B, nh, T, hs)
-        kernel_forward, _ = kernels(q)
-        out, lse = kernel_forward(q, k, v)
-        ctx.save_for_backward(x, w, qkv, out, lse)
+        q, k, v, out = attend(*heads(x, w, b, n_head))  # (B, nh, T, hs)
+        ctx.save_for_backward(x, w, q, k, v, out)
         ctx.n_head, ctx.horizon, ctx.cut = n_head, horizon, cut
-        return merge_heads(out)  # (B, T, C)
+        return merge_heads(out.detach())  # (B, T, C)
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # under create_graph; torch's once_differentiable misses some
+        if torch.is_grad_enabled():  # under create_graph
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
-        x, w, qkv, out, lse = ctx.saved_tensors
-        q, k, v = split_heads(qkv, ctx.n_head)  # (B, nh, T, hs)
-        _, kernel_backward = kernels(q)
-        (G,) = split_heads(dy, ctx.n_head, parts=1)  # (B, nh, T, hs)
+        x, w, q, k, v, out = ctx.saved_tensors
+        if out.grad_fn is None:  # a caller's hooks gave back copies, without their graph
+            q, k, v, out = attend(q, k, v)
+        G = split_heads(dy, ctx.n_head)  # (B, nh, T, hs)
 
-        dq, dk, dv = kernel_backward(G, q, k, v, out, lse)  # what every reader wants
-        d_all = d_near = merge_heads(dq, dk, dv)  # (B, T, 3C)
-        if ctx.horizon is not None:  # the stop-gradient: what the near readers want
-            d_near = merge_heads(dq, *near_gradients(G, q, k, v, out, lse, ctx.horizon))
-        d_weights = d_all if ctx.cut == "hidden" else d_near
+        # what every reader wants, and what the near ones want
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), G, retain_graph=True)
+        dk_near, dv_near = dk, dv
+        if ctx.horizon is not None:
+            lse = log_sum_exp(q, k, out)
+            dk_near, dv_near = near_gradients(G, q, k, v, out, lse, ctx.horizon)
+        dq, dk, dv = merge_heads(dq), merge_heads(dk), merge_heads(dv)  # (B, T, C)
+        dk_near, dv_near = merge_heads(dk_near), merge_heads(dv_near)  # (B, T, C)
 
-        dx = d_near @ w  # (B, T, C)
-        dw = d_weights.flatten(0, 1).T @ x.flatten(0, 1)  # (3C, C)
-        db = d_weights.sum((0, 1)) if ctx.needs_input_grad[2] else None  # (3C,)
+        # the stop-gradient: a state of the past gets no loss but the near ones
+        w_q, w_k, w_v = w.chunk(3)  # (C, C)
+        dx = dq @ w_q + dk_near @ w_k + dv_near @ w_v  # (B, T, C)
+
+        # the weights learn from every reader ("hidden"), or from the near ones ("kv")
+        if ctx.cut == "kv":
+            dk, dv = dk_near, dv_near
+        rows = x.flatten(0, 1)  # (B T, C)
+        dw = torch.cat([d.flatten(0, 1).T @ rows for d in (dq, dk, dv)])  # (3C, C)
+        db = None
+        if ctx.needs_input_grad[2]:
+            db = torch.cat([d.sum((0, 1)) for d in (dq, dk, dv)])  # (3C,)
         return dx, dw, db, None, None, None
 
 
@@ -247,13 +218,17 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
     horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value,
     RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3."""
-    GPTConfig(1, 1, 1, n_head, x.size(2), horizon=horizon, cut=cut)  # only to refuse bad values
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        x, w_qkv, b_qkv = (None if t is None else t.to(low) for t in (x, w_qkv, b_qkv))
-    with torch.autocast(kind, enabled=False):  # it would undo plain_forward's upcast
-        return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
+    C = x.size(-1)
+    fits = x.dim() == 3 and w_qkv.shape == (3 * C, C)
+    require(fits, f"x, w_qkv are {x.shape}, {w_qkv.shape}: make them (B, T, C), (3C, C)")
+    check_attention(C, n_head, horizon, cut)
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # the device "meta" has none
+    if has_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, w_qkv = x.to(dtype), w_qkv.to(dtype)
+        b_qkv = None if b_qkv is None else b_qkv.to(dtype)
+    return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
 
 
 def two_stream_attention(x, past_x, w, b, n_head):
@@ -261,117 +236,161 @@ def two_stream_attention(x, past_x, w, b, n_head):
 
     A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
     Y = A v_past + diag(A) (v - v_past)
-    x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C)."""
-    q, k, v = split_heads(F.linear(x, w, b), n_head)  # (B, nh, T, hs)
+    x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C). With past_x =
+    x.detach() this is the textbook way to the myopic gradient: the same, at twice the work."""
+    q, k, v = heads(x, w, b, n_head)  # (B, nh, T, hs)
     k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
     if past_x is not None:
-        _, k_past, v_past = split_heads(F.linear(past_x, w, b), n_head)
+        _, k_past, v_past = heads(past_x, w, b, n_head)
     S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)  # (B, nh, T, T)
-    A = (S / math.sqrt(q.size(-1)) + torch.full_like(S[0, 0], -math.inf).triu(1)).softmax(-1)
-    return merge_heads(A @ v_past + A.diagonal(0, -2, -1)[..., None] * (v - v_past))
+    future = torch.ones(S.shape[-2:], dtype=torch.bool, device=x.device).triu(1)  # (T, T)
+    A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)
+    A_own = A.diagonal(0, -2, -1)[..., None]  # (B, nh, T, 1)
+    return merge_heads(A @ v_past + A_own * (v - v_past))
 
 
 # ------------------------ the model
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.horizon = config.horizon
+        self.cut = config.cut
+        self.past = config.past
+
+    def forward(self, x, past_x=None):
+        w, b = self.c_attn.weight, self.c_attn.bias
+        if self.past == "own":  # vanilla, too, goes through the backward pass by hand
+            y = myopic_attention(x, w, b, self.n_head, self.horizon, self.cut)  # (B, T, C)
+        else:
+            no_teacher = self.past == "frozen" and past_x is None
+            require(not no_teacher, "past is 'frozen': that takes a LocalMyopicGPT")
+            y = two_stream_attention(x, past_x, w, b, self.n_head)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, C, bias = config, config.n_embd, config.bias
-        self.ln_1 = nn.LayerNorm(C, bias=bias)
-        self.attn = nn.Module()  # a namespace, for nanoGPT's names
-        self.attn.c_attn = nn.Linear(C, 3 * C, bias=bias)
-        self.attn.c_proj = nn.Linear(C, C, bias=bias)
-        self.ln_2 = nn.LayerNorm(C, bias=bias)
-        self.mlp = nn.Sequential()  # runs in this order: (B, T, C) -> (B, T, 4C) -> (B, T, C)
-        self.mlp.c_fc = nn.Linear(C, 4 * C, bias=bias)
-        self.mlp.act = nn.GELU()
-        self.mlp.c_proj = nn.Linear(4 * C, C, bias=bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
 
-    def forward(self, x, teacher_x=None):
-        """x (B, T, C) -> (B, T, C); teacher_x (B, T, C) or None: what the teacher's ln_1 gave."""
-        c, w, b = self.config, self.attn.c_attn.weight, self.attn.c_attn.bias
-        if c.past == "own":  # vanilla, too, goes through the backward pass by hand
-            y = myopic_attention(self.ln_1(x), w, b, c.n_head, c.horizon, c.cut)  # (B, T, C)
-        else:
-            y = two_stream_attention(self.ln_1(x), teacher_x, w, b, c.n_head)  # (B, T, C)
-        x = x + self.dropout(self.attn.c_proj(y))
-        return x + self.dropout(self.mlp(self.ln_2(x)))  # (B, T, C)
+    def forward(self, x, past_x=None):
+        x = x + self.attn(self.ln_1(x), past_x)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """nanoGPT's names and shapes. teacher: a trained GPT of this shape, if past="frozen"."""
+    """nanoGPT's names and shapes: its state dict loads with strict=True."""
 
-    def __init__(self, config, teacher=None):
+    def __init__(self, config):
         super().__init__()
-        require((teacher is None) == (config.past != "frozen"), "only past='frozen' has a teacher")
         self.config = config
-        self.transformer = t = nn.ModuleDict()
-        t.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        t.wpe = nn.Embedding(config.block_size, config.n_embd)
-        t.drop = nn.Dropout(config.dropout)
-        t.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        t.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        t.wte.weight = self.lm_head.weight
-        for name, p in self.named_parameters():  # as GPT-2: residual writers start smaller
-            if p.dim() == 2:
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / shrink)
+        self.transformer.wte.weight = self.lm_head.weight  # weight tying
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # as in GPT-2, writers to the residual start smaller
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.teacher = None if teacher is None else teacher.requires_grad_(False)
+
+    def embed(self, idx):
+        """idx (B, T) -> (B, T, C)"""
+        T = idx.size(1)
+        most = self.config.block_size
+        require(most >= T, f"{T} positions: block_size allows {most}")
+        return self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
 
     def hidden_states(self, idx):
         """idx (B, T) -> n_layer + 1 tensors (B, T, C): 0 the embedding, l that after block l."""
-        t, T = self.transformer, idx.size(1)
-        require(self.config.block_size >= T, f"{T} positions are more than block_size allows")
-        teacher_xs = [None] * len(t.h)
-        if self.teacher is not None:
-            states = self.teacher.eval().hidden_states(idx)
-            teacher_xs = [b.ln_1(x) for b, x in zip(self.teacher.transformer.h, states)]
-        states = [t.drop(t.wte(idx) + t.wpe.weight[:T])]  # (B, T, C)
-        for block, teacher_x in zip(t.h, teacher_xs):
-            states.append(block(states[-1], teacher_x))  # (B, T, C)
+        states = [self.transformer.drop(self.embed(idx))]
+        for block in self.transformer.h:
+            states.append(block(states[-1]))
         return states
 
     def forward(self, idx, targets=None):
         """idx, targets (B, T) -> logits (B, T, V), mean loss in nats or None; -1: no target."""
-        logits = self.lm_head(self.transformer.ln_f(self.hidden_states(idx)[-1]))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        x = self.hidden_states(idx)[-1]  # (B, T, C)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
-    def configure_optimizers(self, run):
-        """[AdamW, Muon]: Muon for the blocks' matrices with run.muon in their name, if there are
-        any; of AdamW's, matrices and embeddings decay, biases and norms do not."""
-        muon, decaying, others = [], [], []
-        for name, p in self.named_parameters():
-            if p.requires_grad and p.dim() < 2:
-                others.append(p)
-            elif p.requires_grad:  # and not the teacher's
-                (muon if ".h." in name and run.muon in name else decaying).append(p)
-        groups = [dict(params=others, weight_decay=0.0), dict(params=decaying)]
-        settings = dict(betas=(run.beta1, run.beta2), weight_decay=run.weight_decay, fused=True)
-        optimizers = [torch.optim.AdamW(groups, run.learning_rate, **settings)]
-        if muon:
-            settings = dict(weight_decay=run.muon_decay, adjust_lr_fn="match_rms_adamw")
-            optimizers.append(torch.optim.Muon(muon, run.muon_rate, **settings))
-        return optimizers
+    def position_losses(self, state, targets):
+        """State after the last block (B, T, C), targets (B, T) -> the loss at each (B, T)."""
+        logits = self.lm_head(self.transformer.ln_f(state))  # (B, T, V)
+        return F.cross_entropy(logits.mT, targets, reduction="none")
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), sampled; the model sees the last block_size."""
+        """idx (B, T) -> (B, T + max_new_tokens), sampled; the model sees the last block_size.
+
+        Raises UsageError for an empty idx, a temperature below 1e-9, a top_k below 1."""
+        require(idx.size(1) > 0, "idx has no tokens: give the model one to go on from")
+        require(
+            temperature >= 1e-9, f"temperature is {temperature}: for the likeliest token, top_k=1"
+        )
+        require(top_k is None or top_k >= 1, f"top_k is {top_k}: give None, or 1 or more")
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
             logits = logits[:, -1] / temperature  # (B, V)
             if top_k is not None:
-                least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < least, -math.inf)
-            idx = torch.cat([idx, logits.softmax(-1).multinomial(1)], dim=1)  # (B, T + 1)
+                best, _ = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k)
+                logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
+            idx_next = logits.softmax(-1).multinomial(1)  # (B, 1)
+            idx = torch.cat([idx, idx_next], dim=1)  # (B, T + 1)
         return idx
 
 
-# ------------------------ text
+# ------------------------ the lesson ends here; bad input
+class UsageError(ValueError):
+    """Bad input. The message names the value and what to do; main() prints it and exits with 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UsageError(message)
+
+
+def check_attention(n_embd, n_head, horizon, cut):
+    divides = n_head >= 1 and n_embd % n_head == 0
+    require(divides, f"n_embd is {n_embd} and n_head {n_head}: n_head must divide n_embd")
+    is_horizon = horizon is None or (isinstance(horizon, int) and horizon >= 0)
+    require(is_horizon, f"horizon is {horizon}: make it None or a whole number from 0 on")
+    require(cut in ("hidden", "kv"), f"cut is {cut!r}: choose 'hidden' or 'kv'")
+
+
+# ------------------------ from here on: training it on English
 def python_english():
     """The English that ships with Python: docstrings of its modules and pydoc's help topics."""
     documents = set(topics.values())
@@ -379,55 +398,96 @@ def python_english():
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 documents.add(ast.get_docstring(node) or "")
-    shuffled = random.Random(0).sample(sorted(documents), len(documents))  # always the same way
-    paragraphs = "\n\n".join(shuffled).split("\n\n")
+    # ordered by digest, so that most stay in their place when another Python adds some
+    ordered = sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
+    paragraphs = "\n\n".join(ordered).split("\n\n")
     return "\n\n".join(dict.fromkeys(paragraphs))  # each once: none is trained on and held out
 
 
-def load_text(files, run):
-    """-> ids to train on, ids of the held-out last tenth (1-d, int32), vocabulary (list of str)."""
-    try:
-        texts = [Path(name).read_text("utf-8") for name in files] or [python_english()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--data {' '.join(files)}: {error}; name UTF-8 files") from error
-    text = "\n\n".join(texts)
-    train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    if run.tokens == "byte":
-        vocabulary = [chr(n) for n in range(256)]
-        ids = [np.array(list(part.encode()), dtype=np.int32) for part in (train, held_out)]
-    else:
-        words = [re.findall(r"\w+|[^\w\s]", part) for part in (train, held_out)]
-        frequent = collections.Counter(words[0]).most_common(run.vocab_size - 1)
-        vocabulary = ["<unk>"] + [word for word, _ in frequent]
-        place = {word: n for n, word in enumerate(vocabulary)}
-        ids = [np.array([place.get(word, 0) for word in part], dtype=np.int32) for part in words]
-    require(run.block_size < min(map(len, ids)), f"block_size is {run.block_size}: text too short")
-    return *ids, vocabulary
+def load_text(files, block_size):
+    """-> bytes to train on, bytes held out (the last tenth)."""
+    texts = []
+    for name in files:
+        try:
+            texts.append(Path(name).read_text("utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--data {name}: {error}; name a UTF-8 file") from error
+    text = "\n\n".join(texts) if files else python_english()
+    cut = len(text) * 9 // 10
+    cut = max(cut, text.find("\n\n", cut, cut + len(text) // 100))  # between paragraphs, if it can
+    parts = text[:cut].encode(), text[cut:].encode()
+    n = min(map(len, parts))
+    require(block_size < n, f"block_size is {block_size}: the held-out text has {n} bytes")
+    return parts
 
 
 @torch.no_grad()
-def token_losses(model, windows, run):
-    """In nats, of N = run.eval_windows evenly spaced windows, no dropout -> losses, y: (N, T)."""
-    spaced = torch.linspace(0, len(windows) - 1, run.eval_windows, dtype=torch.float64).long()
-    chosen = windows[spaced.to(windows.device)].long()  # (N, T + 1)
-    logits = model.eval()(chosen[:, :-1])[0].float().transpose(1, 2)  # (N, V, T)
-    return F.cross_entropy(logits, chosen[:, 1:], reduction="none").cpu(), chosen[:, 1:].cpu()
+def token_losses(model, windows, count):
+    """In nats, of `count` evenly spaced windows (n, T + 1), no dropout -> losses, y: (count, T)."""
+    model.eval()
+    spaced = torch.linspace(0, len(windows) - 1, count, dtype=torch.float64).long()
+    chosen = windows[spaced.to(windows.device)].long()  # (count, T + 1)
+    at_once = max(1, 2**14 // windows.size(1))
+    losses = []
+    for part in chosen.split(at_once):
+        state = model.hidden_states(part[:, :-1])[-1]  # (B, T, C)
+        losses.append(model.position_losses(state, part[:, 1:]))
+    return torch.cat(losses).cpu(), chosen[:, 1:].cpu()
+
+
+def letter_places(y):
+    """y (N, T) bytes -> which letter of its word each one is: 1, 2, ... (N, T). 0: no letter, or
+    one of a word that began before the window."""
+    is_letter = (y | 32 >= ord("a")) & (y | 32 <= ord("z"))  # | 32: lower case
+    t = torch.arange(y.size(1))
+    last_other = torch.where(is_letter, -1, t).cummax(1).values  # (N, T)
+    return torch.where(last_other < 0, 0, t - last_other)
 
 
 # ------------------------ training
-def train(model, optimizers, next_batch, run, tell, after_step=lambda done: None):
+def configure_optimizers(model, run):
+    """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
+    AdamW's, matrices and embeddings decay, biases and norms do not."""
+    by_muon, decaying, others = [], [], []
+    for name, p in model.named_parameters():
+        in_block = ".h." in name and (run.muon == "all" or ".attn." in name)
+        if not p.requires_grad:  # a teacher's
+            continue
+        if p.dim() < 2:
+            others.append(p)
+        elif in_block and run.muon != "none":
+            by_muon.append(p)
+        else:
+            decaying.append(p)
+    groups = [
+        dict(params=decaying, weight_decay=run.weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
+    adamw = torch.optim.AdamW(groups, run.learning_rate, (run.beta1, run.beta2), fused=True)
+    if not by_muon:
+        return [adamw]
+    rates = dict(lr=run.muon_rate, weight_decay=run.muon_decay)
+    return [adamw, torch.optim.Muon(by_muon, **rates, adjust_lr_fn="match_rms_adamw")]
+
+
+def train(model, optimizers, next_batch, run, report_progress, after_step=lambda done: None):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
-    tell((steps, loss)) is called every ten steps, after_step(steps done) after each. Raises
-    UsageError if the loss is not finite."""
+    report_progress(steps, loss) is called every ten steps, after_step(steps done) after each.
+    Raises UsageError if the loss is not finite."""
     device = next(model.parameters()).device.type
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = []
+    for optimizer in optimizers:
+        groups += optimizer.param_groups
     peaks = [group["lr"] for group in groups]
-    rise, fall = run.warmup * run.max_iters, (1 - run.decay_from) * run.max_iters
+    rise = run.warmup * run.max_iters
+    fall = (1 - run.decay_from) * run.max_iters
     for done in range(1, run.max_iters + 1):
+        # the rates rise, stay, and fall in a straight line
         scale = min(1, done / max(1, rise), (run.max_iters + 1 - done) / max(1, fall))
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * scale
+
         x, y = next_batch(done - 1)
         model.train()  # after_step may have left it evaluating
         with torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16"):
@@ -437,243 +497,303 @@ def train(model, optimizers, next_batch, run, tell, after_step=lambda done: None
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        if done % 10 == 0 or done == run.max_iters:  # to read a loss stalls a GPU
+
+        if done % 10 == 0 or done == run.max_iters:  # not each: to read a loss stalls a GPU
             where = f"the loss is {loss.item()} at step {done} of {run.arm}, seed {run.seed}"
             require(math.isfinite(loss.item()), f"{where}: lower --learning_rate")
-            tell((done % 10 or 10, loss.item()))  # the steps since it was last called
+            steps = done % 10 or 10  # since the last report
+            report_progress(steps, loss.item())
         after_step(done)
 
 
-# ------------------------ runs: settings in, one record out
-def setting(default, help, least=0, most=sys.float_info.max, choices=None):
+# ------------------------ a run: every setting that a number depends on
+def arm_fields(name):
+    """The three fields of an arm of ARMS, or of horizon_<h>."""
+    if name.startswith("horizon_") and name[8:].isdecimal():
+        return dict(horizon=int(name[8:]), cut="hidden", past="own")
+    require(name in ARMS, f"arm {name} is unknown: choose from {', '.join(ARMS)}, horizon_<h>")
+    return ARMS[name]
+
+
+def setting(default, help, most=math.inf, choices=None):
     """A field of a Run that is also a flag: argparse takes type, help and choices from it."""
-    return field(default=default, metadata=dict(help=help, limits=(least, most), choices=choices))
+    return field(default=default, metadata=dict(help=help, most=most, choices=choices))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Every setting that a number depends on. Raises UsageError for a value out of its range."""
+    """Settings in, one record out. Raises UsageError for a value that it cannot have."""
 
     arm: str = "vanilla"
+    recipe: int = 1  # what no field tells, such as the order of the text: to be raised by a change
     seed: int = setting(0, "the first seed", most=sys.maxsize)
-    block_size: int = setting(64, "positions per sequence, T", 1)
-    n_layer: int = setting(3, "blocks", 1)
-    n_head: int = setting(3, "heads", 1)
-    n_embd: int = setting(96, "channels, C", 1)
-    batch_size: int = setting(16, "sequences per step", 1)
-    max_iters: int = setting(700, "steps", 1)
+    block_size: int = setting(64, "positions per sequence, T")
+    n_layer: int = setting(3, "blocks")
+    n_head: int = setting(3, "heads")
+    n_embd: int = setting(96, "channels, C")
+    batch_size: int = setting(16, "sequences per step")
+    max_iters: int = setting(700, "steps")
     learning_rate: float = setting(8e-3, "AdamW's peak")
     beta1: float = setting(0.9, "AdamW's", most=0.9999)
     beta2: float = setting(0.95, "AdamW's", most=0.9999)
     weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
-    muon: str = setting(".h.", "Muon trains the blocks' matrices with this in their name")
+    muon: str = setting("all", "which of the blocks' matrices", choices=["all", "attn", "none"])
     muon_rate: float = setting(8e-3, "Muon's peak")
     muon_decay: float = setting(0.1, "Muon's weight decay")
-    warmup: float = setting(0.05, "share of the steps in which the rates rise", most=0.99)
-    decay_from: float = setting(0.5, "share of the steps after which they fall", most=0.99)
-    grad_clip: float = setting(1.0, "largest norm of a gradient", 1e-6)
+    warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
+    decay_from: float = setting(0.5, "share of the steps after which they fall", most=1)
+    grad_clip: float = setting(1.0, "largest norm of a gradient")
+    wave_std: float = setting(0.0, "of positions at the start, as waves; 0: as GPT-2's")
     dtype: str = setting("float32", "of matrix products", choices=["float32", "bfloat16"])
 
     def __post_init__(self):
         for f in fields(self):
-            value, (least, most) = getattr(self, f.name), f.metadata.get("limits", (0, sys.maxsize))
-            in_range = f.type is str or least <= value <= most  # nan is not
-            require(in_range, f"{f.name} is {value}: give a number from {least:g} to {most:g}")
+            value = getattr(self, f.name)
+            if f.type is str:
+                choices = f.metadata.get("choices")
+                is_choice = choices is None or value in choices
+                require(is_choice, f"{f.name} is {value!r}: choose from {choices}")
+                continue
+            if f.type is float:
+                value = float(value)
+                object.__setattr__(self, f.name, value)  # equal runs have one name: 1 is 1.0
+            least = 1 if f.type is int and f.name != "seed" else 0
+            most = f.metadata.get("most", math.inf)
+            in_range = least <= value <= most and value < math.inf  # nan is not
+            require(in_range, f"{f.name} is {value}: give a number from {least} to {most}")
+            require(isinstance(value, f.type), f"{f.name} is {value}: give a whole number")
         self.config(1)  # refuses an unknown arm and a bad shape
 
     def config(self, vocab_size, dropout=0.0):
-        """The GPTConfig of this run: an arm is three of its fields."""
         shape = self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd
         return GPTConfig(*shape, dropout=dropout, **arm_fields(self.arm))
 
-
-def read_records(path, kind):
-    """{run: record} of a results file, the last line of a run counts; kind: the class of run."""
-    records = {}
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
-        try:
-            if line:  # racing writers may leave an empty one
-                record = json.loads(line)
-                records[kind(**{f.name: record[f.name] for f in fields(kind)})] = record
-        except (ValueError, KeyError, TypeError) as error:  # perhaps its writer was killed
-            print(f"{path}, line {number} cannot be read and is skipped: {error!r:.60}")
-    return records
+    def name(self):
+        """Of its files. A digest of what differs from the defaults: a new field changes no name."""
+        changed = {}
+        for f in fields(self):
+            if getattr(self, f.name) != f.default:
+                changed[f.name] = getattr(self, f.name)
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.kind}-{self.arm}-seed{self.seed}-{digest}"
 
 
-def append_record(path, record):
-    """Add a line by a single write; if a killed process left half a line, begin a new one."""
-    line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    with path.open("a+b", buffering=0) as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        file.write(line if file.read(1) in (b"\n", b"") else b"\n" + line)
+# ------------------------ the experiment: one model of English
+@dataclass(frozen=True)
+class TextRun(Run):
+    """A run on text, byte by byte; the digest says what the text was, and where it was split."""
+
+    kind = "text"
+    dropout: float = setting(0.0, "while training", most=0.99)
+    eval_windows: int = setting(256, "windows of held-out text that are evaluated")
+    data_sha256: str = ""
 
 
-def write_whole(path, write, **more):
-    """write(a temporary path, **more), then rename: the file at `path` is whole or not there."""
-    part = path.with_name(f".part.{os.getpid()}.{path.name}")
-    write(part, **more)
-    part.replace(path)
+FOUR_ARMS = ["vanilla", "myopic", "myopic_kv", "bigram"]
+SHAPE = dict(block_size=32, n_layer=2, n_head=2, n_embd=32)
+SMALL = TextRun(**SHAPE, max_iters=400, learning_rate=1.5e-2, muon_rate=1.5e-2)
+SIZES = ["3x16", "3x32", "3x64", "3x128", "1x64", "2x64", "6x64"]
+PRESETS = {  # seconds: of a run, about, on one core
+    "demo": dict(run=SMALL, arms=FOUR_ARMS, seeds=1, seconds=6),
+    "quick": dict(run=TextRun(), arms=FOUR_ARMS, seeds=3, seconds=45),
+    "full": dict(run=TextRun(max_iters=3000), arms=FOUR_ARMS, seeds=3, sizes=SIZES, seconds=110),
+}
 
 
-def arrays_path(out_dir, run):
-    """Where a run's arrays lie: the name is a digest of its settings."""
-    return out_dir / "arrays" / f"{hashlib.sha256(repr(run).encode()).hexdigest()[:12]}.npz"
+class LocalMyopicGPT(GPT):
+    """A GPT that sees its past through a trained teacher: K and V of the past are its own W_K and
+    W_V, applied to what the teacher's ln_1 gave. Its states can do nothing for later positions."""
+
+    def __init__(self, config, teacher):
+        super().__init__(config)
+        self.teacher = teacher.requires_grad_(False)
+
+    def hidden_states(self, idx):
+        teacher_states = self.teacher.eval().hidden_states(idx)
+        states = [self.transformer.drop(self.embed(idx))]
+        blocks = zip(self.transformer.h, self.teacher.transformer.h, teacher_states)
+        for block, teacher_block, teacher_x in blocks:
+            past_x = teacher_block.ln_1(teacher_x)  # (B, T, C)
+            states.append(block(states[-1], past_x))
+        return states
 
 
-def start_worker(queue):
-    """In a worker: Ctrl-C is the parent's, the worker ends with it, news go into the queue."""
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    multiprocessing.current_process().tell = queue.put
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def start_with_waves(wpe, std):
+    """Start learned positions, an nn.Embedding (T, C), so that near and far differ: as sines (even
+    channels) and cosines (odd ones) of mean square std^2; channel c turns by T^(-c/C) each step."""
+    T, C = wpe.weight.shape
+    c = torch.arange(C)
+    angle = torch.arange(T)[:, None] * T ** (-c / C) + math.pi / 2 * (c % 2)  # (T, C)
+    wpe.weight.data.copy_(math.sqrt(2) * std * angle.sin())
 
 
-def work(train_one, run, device, tell=None):
-    """One run, on one thread, to be the same on any number of cores -> numbers, arrays."""
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # high: TF32
-    start, tell = time.time(), tell or multiprocessing.current_process().tell
-    model, numbers, arrays = train_one(run, device, tell)
-    weights = {f"weights.{n}": w.half().cpu().numpy() for n, w in model.state_dict().items()}
-    if sum(w.nbytes for w in weights.values()) < 2**20:  # larger ones are not kept
-        arrays |= weights
-    return numbers | dict(seconds=round(time.time() - start, 1)), arrays
+def train_text(text, run, device, report_progress):
+    """Train one model of load_text's bytes -> the model, the numbers of its record, arrays."""
+    config = run.config(vocab_size=256, dropout=run.dropout)
+
+    def windows_of(part):
+        tokens = torch.tensor(np.frombuffer(part, dtype=np.uint8), device=device)
+        return tokens.unfold(0, run.block_size + 1, 1)
+
+    windows, held_out = windows_of(text[0]), windows_of(text[1])  # (n, T + 1), (m, T + 1)
+    teacher = None
+    if config.past == "frozen":  # the teacher: this seed's vanilla model, bit for bit
+        teacher, _, _ = train_text(text, replace(run, arm="vanilla"), device, report_progress)
+    torch.manual_seed(run.seed)  # the same weights in every arm
+    model = GPT(config) if teacher is None else LocalMyopicGPT(config, teacher)
+    if run.wave_std > 0:
+        start_with_waves(model.transformer.wpe, run.wave_std)
+    model.to(device)
+    generator = torch.Generator().manual_seed(run.seed)  # and the same batches
+    curve = []
+
+    def next_batch(step):
+        starts = torch.randint(len(windows), (run.batch_size,), generator=generator)
+        chosen = windows[starts.to(device)].long()  # (B, T + 1)
+        return chosen[:, :-1], chosen[:, 1:]
+
+    def after_step(step):
+        if step % max(1, run.max_iters // 10) == 0 or step == run.max_iters:
+            train_losses, _ = token_losses(model, windows, run.eval_windows)
+            val_losses, _ = token_losses(model, held_out, run.eval_windows)
+            curve.append([step, train_losses.mean().item(), val_losses.mean().item()])
+
+    few = held_out[:: 1 + len(held_out) // 32].long()  # (32 or less, T + 1)
+    shares = {}
+    if run.arm == "vanilla":
+        shares["start"] = lag_shares(model, few[:, :-1], few[:, 1:])
+    train(model, configure_optimizers(model, run), next_batch, run, report_progress, after_step)
+    require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
+    if run.arm == "vanilla":
+        shares["end"] = lag_shares(model, few[:, :-1], few[:, 1:])
+
+    losses, y = token_losses(model, held_out, run.eval_windows)  # (N, T) each
+    place = letter_places(y)
+    by_letter = []
+    for n in range(1, 9):
+        at_n = losses[place == n]
+        by_letter.append(at_n.mean().item() if len(at_n) else None)
+    sample = model.generate(held_out[:1, :10].long(), 40, top_k=50)[0].tolist()
+    numbers = dict(
+        val_loss=losses.mean().item(),
+        train_loss=curve[-1][1],
+        curve=curve,
+        loss_by_position=losses.mean(0).tolist(),
+        loss_by_letter=by_letter,
+        sample=bytes(sample).decode("latin-1"),
+    )
+    if shares:
+        numbers["lag_share"] = shares
+    return model, numbers, dict(losses=losses[:64].numpy(), y=y[:64].numpy().astype(np.uint8))
 
 
-def finished_runs(runs, train_one, args, show):
-    """Train args.jobs runs side by side; yield (run, (numbers, arrays)) as they finish."""
-    if args.jobs == 1:
-        for run in runs:
-            yield run, work(train_one, run, args.device, show)
-        return
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    with ProcessPoolExecutor(args.jobs, context, start_worker, [queue]) as pool:
-        pending = {pool.submit(work, train_one, run, args.device): run for run in runs}
-        try:
-            while pending:
-                done, _ = wait(pending, timeout=0.2)
-                while not queue.empty():
-                    show(queue.get())
-                for future in done:
-                    yield pending.pop(future), future.result()
-        finally:  # after a failed run or Ctrl-C, too: nobody waits for the others
-            for worker in multiprocessing.active_children():
-                worker.kill()
+# ------------------------ instruments: whom the gradient serves, in any GPT
+def as_arm(model, arm):
+    """A copy of the model with another arm's backward pass; its forward pass is the same."""
+    model = copy.deepcopy(model)
+    for block in model.transformer.h:
+        block.attn.horizon = arm_fields(arm)["horizon"]
+        block.attn.cut = arm_fields(arm)["cut"]
+    return model
 
 
-def train_missing(runs, train_one, headline, path, args):
-    """Train what the records at `path` lack -> {run: record} for all of `runs`.
+def gradient_tables(model, x, y):
+    """(L + 1, T, T): table l is of the state after l blocks, 0 the embedding.
 
-    train_one(run, device, tell) -> model, numbers, arrays; headline: the number shown at once."""
-    records, runs = read_records(path, type(args.run)), list(dict.fromkeys(runs))  # each once
-    todo = [run for run in runs if not args.plot_only and (args.fresh or run not in records)]
-    codes = {records[run]["code"] for run in runs if run in records and run not in todo}
-    if codes - {args.stamp["code"]}:
-        print(f"{path}: runs of other code are used as they are; --fresh repeats them")
-    minutes = args.seconds * len(todo) / args.jobs / 60  # on CPU cores, with the preset's settings
-    print(f"{path}: {len(todo)} runs to train, {args.jobs} at once, about {minutes:.1f} minutes")
-    steps = sum(run.max_iters * (1 + (run.config(1).past == "frozen")) for run in todo)
-    with tqdm(total=steps, leave=False, disable=not todo) as bar:
-
-        def show(news):
-            steps, loss = news
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update(steps)
-
-        for run, (numbers, arrays) in finished_runs(todo, train_one, args, show):
-            if run.seed == args.seed:  # the first seed's, for pictures
-                write_whole(arrays_path(args.out_dir, run), np.savez_compressed, **arrays)
-            records[run] = asdict(run) | dict(steps=run.max_iters) | args.stamp | numbers
-            append_record(path, records[run])
-            bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
-    wanted = {run: records[run] for run in runs if run in records}
-    require(wanted, f"{path} has no results for these settings and data: leave out --plot_only")
-    return wanted
+    Entry (i, j): root mean square, over sequences and channels, of the gradient of the loss at i
+    with respect to the state at j. One backward pass per row."""
+    states = model.eval().hidden_states(x)
+    losses = model.position_losses(states[-1], y)  # (B, T)
+    rows = []
+    for i in range(x.size(1)):
+        d_states = torch.autograd.grad(losses[:, i].sum(), states, retain_graph=True)
+        rows.append(torch.stack(d_states).square().mean((1, 3)).sqrt())  # (L + 1, T)
+    return torch.stack(rows, dim=1).cpu().numpy()
 
 
-# ------------------------ command line
-def parse_flags(script, doc, presets, argv, more=()):
-    """presets: {name: dict(run, arms, seeds, seconds of a run on one core, ...)} -> args."""
-    parser = argparse.ArgumentParser(Path(script).name, description=doc.split("\n")[0])
-    add = parser.add_argument
-    devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-    add("--preset", choices=presets, default="quick", help="seconds; a laptop; a GPU")
-    add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
-    add("--seeds", type=int, help="how many seeds")
-    add("--device", choices=["auto", *devices], default="auto", help="auto: CUDA or else the CPU")
-    add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
-    add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
-    add("--fresh", action="store_true", help="train recorded runs again")
-    add("--plot_only", action="store_true", help="train nothing, draw what is recorded")
-    settings = [f for f in fields(presets["quick"]["run"]) if f.metadata]
-    for f in settings:
-        add(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
-    for flag, how in more:
-        add(flag, **how)
-    name = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(out_dir=Path("out", name), **asdict(presets[name]["run"]) | presets[name])
-    args = parser.parse_args(argv)
-    args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
-    if args.device == "auto":
-        args.device = "cuda" if "cuda" in devices else "cpu"
-    if args.jobs is None:  # one per core that this process may use; Windows allows 61
-        args.jobs = min(torch.get_num_threads(), 61) if args.device == "cpu" else 1
-    require(args.jobs > 0, f"jobs is {args.jobs}: give 1 or more")
-    require(args.seeds > 0, f"seeds is {args.seeds}: give 1 or more")
-    with contextlib.suppress(OSError):
-        (args.out_dir / "arrays").mkdir(parents=True, exist_ok=True)
-    require(os.access(args.out_dir / "arrays", os.W_OK), f"{args.out_dir}: name a writable folder")
-    on_cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() + ", TF32" if on_cuda else platform.machine()
-    sources = b"".join(Path(source).read_bytes() for source in sorted({__file__, script}))
-    code = hashlib.sha256(sources).hexdigest()[:8]
-    args.stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
-    return args
+def gradients_by_lag(model, x, y):
+    """The gradient of every block's W_K and W_V in a vanilla model, split by lag: reader - writer.
+
+    -> (L, T, 2C, C): part [l, lag] is what the readers `lag` later want of them; the parts of all
+    lags add up to the gradient of the mean loss."""
+    states = model.eval().hidden_states(x)
+    loss = model.position_losses(states[-1], y).mean()
+    d_states = torch.autograd.grad(loss, states)  # L + 1 of (B, T, C)
+    layers = []
+    for block, state, d_next in zip(model.transformer.h, states, d_states[1:]):
+        # the block again, by hand, to see its O and dO
+        attn, state = block.attn, state.detach()
+        x_l = block.ln_1(state).detach()  # (B, T, C)
+        w, b = attn.c_attn.weight, attn.c_attn.bias
+        q, k, v, out = attend(*heads(x_l, w, b, attn.n_head))  # (B, nh, T, hs)
+        state = state + attn.c_proj(merge_heads(out))  # (B, T, C)
+        state = state + block.mlp(block.ln_2(state))
+        (G,) = torch.autograd.grad(state, out, d_next, retain_graph=True)
+
+        lse = log_sum_exp(q, k, out)
+        tensors = [t.detach() for t in (G, q, k, v, out)]
+        parts = []
+        for lag in range(x.size(1)):
+            dk, dv = lag_gradients(lag, *tensors, lse)
+            d_kv = torch.cat([merge_heads(dk), merge_heads(dv)], dim=-1)  # (B, T - lag, 2C)
+            writers = x_l[:, : d_kv.size(1)].flatten(0, 1)  # (B (T - lag), C)
+            parts.append(d_kv.flatten(0, 1).T @ writers)  # (2C, C)
+        layers.append(torch.stack(parts))
+    return torch.stack(layers)
 
 
-@contextlib.contextmanager
-def exit_status(script):
-    """Bad input: one line and status 2. Ctrl-C: 130. Anything else is a bug: its traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a letter that a console lacks must not end a run
-            stream.reconfigure(errors="replace")
-    try:
-        yield
-    except UsageError as error:
-        print(f"{Path(script).name}: error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are recorded, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+def lag_shares(model, x, y):
+    """How much of this batch's gradient comes from readers, in that layer, `lag` later.
+
+    -> [layer][0: W_K, 1: W_V][lag]: <g_lag, g> / |g|^2. The shares of all lags add up to 1."""
+    layers = []
+    for parts in gradients_by_lag(model, x, y):  # (T, 2C, C)
+        shares = []
+        for part in parts.chunk(2, dim=1):  # W_K, W_V: (T, C, C)
+            whole = part.sum(0)  # (C, C)
+            share = (part * whole).sum((1, 2)) / (whole.square().sum() + 1e-30)  # (T,)
+            shares.append(np.round(share.tolist(), 4).tolist())
+        layers.append(shares)
+    return layers
 
 
 # ------------------------ tables and figures
+LOOKS = {  # colour, line and marker of an arm
+    "vanilla": ("#0072B2", "-", "o"),
+    "myopic": ("#D55E00", "--", "s"),
+    "myopic_kv": ("#009E73", "-.", "^"),
+    "local_myopic": ("#CC79A7", "-", "D"),
+    "bigram": ("#555555", ":", "v"),
+    "untrained": ("#999999", ":", "x"),
+}
+GLOSS = {"vanilla": "vanilla: all losses", "myopic": "myopic: own loss only"}
+
+
+def look(arm):
+    """(colour, line, marker) of an arm; horizons go from light to dark as they grow."""
+    if arm in LOOKS:
+        return LOOKS[arm]
+    horizon = arm_fields(arm)["horizon"]
+    shade = 0.85 - 0.8 * min(1, math.log2(1 + horizon) / 6)
+    return matplotlib.colormaps["viridis"](shade), "-", "PXdp*h<>"[horizon % 8]
+
+
 def mean_sd(values, digits=3):
     """'0.210 ± 0.020': mean and standard deviation over seeds."""
-    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{sd}" if len(values) else "-"
+    if len(values) == 0:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def print_table(title, header, rows, caption):
-    table = Table(*header, title=title, caption=caption)
+    table = Table(title=title, caption=caption)
+    for name in header:
+        table.add_column(name, overflow="fold")  # a narrow terminal must not cut a number
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
-
-
-# fmt: off
-LOOKS = collections.defaultdict(lambda: ("k", "-", "."), {  # colour, line and marker of an arm
-    "vanilla": ("#0072B2", "-", "o"), "myopic": ("#D55E00", "--", "s"),
-    "myopic_kv": ("#009E73", "-.", "^"), "local_myopic": ("#CC79A7", "-", "D"),
-    "bigram": ("#555555", ":", "v"), "untrained": ("#999999", ":", "x"),
-    "horizon_1": ("#E69F00", "-", "P"), "horizon_2": ("#56B4E9", "-", "X"),
-})
-# fmt: on
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
@@ -682,16 +802,24 @@ def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
     return fig, fig.subplots(rows, columns, squeeze=False, **shared)
 
 
-def draw_lines(ax, x, lines, **labels):
-    """{arm: [y of each seed]} -> mean and standard deviation as lines, their names at the right."""
-    lines = {arm: np.array(runs, dtype=float) for arm, runs in lines.items()}  # (seeds, len(x))
-    for arm, y in sorted(lines.items(), key=lambda item: -item[1].mean(0)[-1]):
-        colour, line, marker = LOOKS[arm]
-        mean, sd = y.mean(0), y.std(0, ddof=len(y) > 1)
-        ax.plot(x, mean, color=colour, linestyle=line, marker=marker, markersize=3.5, label=arm)
+def draw_band(ax, x, runs, label, colour, **style):
+    """Mean of [y of each seed] as a line, its standard deviation as a band."""
+    y = np.array(runs, dtype=float)  # (seeds, len(x))
+    mean = y.mean(0)
+    ax.plot(x, mean, color=colour, label=label, **style)
+    if len(y) > 1:
+        sd = y.std(0, ddof=1)
         ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_arms(ax, x, lines, **labels):
+    """{arm: [y of each seed]} -> a line and a band for each arm."""
+    for arm, runs in lines.items():
+        colour, line, marker = look(arm)
+        style = dict(linestyle=line, marker=marker, markersize=3.5)
+        draw_band(ax, x, runs, GLOSS.get(arm, arm), colour, **style)
     ax.set(**labels)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor="linecolor")
+    ax.legend(frameon=False, labelcolor="linecolor", fontsize=8)
 
 
 def save_figure(fig, path, caption):
@@ -702,198 +830,516 @@ def save_figure(fig, path, caption):
     print(f"figure {path}")
 
 
-# ------------------------ the language model
-@dataclass(frozen=True)
-class TextRun(Run):
-    """A run on text; the digest says what the text was."""
-
-    tokens: str = setting("byte", "what a token is", choices=["byte", "word"])
-    vocab_size: int = setting(2048, "words in the vocabulary; bytes have 256", 2)
-    dropout: float = setting(0.0, "while training", most=0.99)
-    eval_windows: int = setting(256, "windows of held-out text that are evaluated", 1)
-    data_sha256: str = ""
+def skip_figure(path, why):
+    """Say that a figure cannot be drawn; an old one does not stay as if it were new."""
+    path.unlink(missing_ok=True)
+    print(f"no {path.name}: {why}")
 
 
-FOUR_ARMS = ["vanilla", "myopic", "myopic_kv", "bigram"]
-SMALL = TextRun(n_layer=2, n_head=2, n_embd=64, max_iters=120, eval_windows=64)
-LARGE = TextRun(n_layer=4, n_head=4, n_embd=128, batch_size=32, max_iters=3000)
-PRESETS = {
-    "demo": dict(run=SMALL, arms=FOUR_ARMS, seeds=1, seconds=5),
-    "quick": dict(run=TextRun(), arms=FOUR_ARMS, seeds=3, seconds=45),
-    "full": dict(run=LARGE, arms=list(ARMS), seeds=3, seconds=700),
-}
+def per_seed(found, arm, key):
+    """[record[key] of every seed] of one arm."""
+    return [record[key] for run, record in found.items() if run.arm == arm]
 
 
-def train_text(text, run, device, tell):
-    """Train one model -> the model, the numbers of its record, arrays for pictures."""
-    frozen = run.config(1).past == "frozen"  # the teacher: this seed's vanilla model, bit for bit
-    teacher = train_text(text, replace(run, arm="vanilla"), device, tell)[0] if frozen else None
-    parts = (torch.tensor(ids, device=device) for ids in text[:2])
-    windows, held_out = (ids.unfold(0, run.block_size + 1, 1) for ids in parts)  # (n, T + 1) each
-    torch.manual_seed(run.seed)  # the same weights in every arm
-    model = GPT(run.config(len(text[2]), run.dropout), teacher).to(device)
-    generator, curve = torch.Generator().manual_seed(run.seed), []  # and the same batches
-
-    def next_batch(step):
-        starts = torch.randint(len(windows), (run.batch_size,), generator=generator)
-        chosen = windows[starts.to(device)].long()  # (B, T + 1)
-        return chosen[:, :-1], chosen[:, 1:]
-
-    def after_step(step):
-        if step % max(1, run.max_iters // 10) == 0 or step == run.max_iters:
-            losses = [token_losses(model, part, run)[0] for part in (windows, held_out)]
-            curve.append([step, *(part.mean().item() for part in losses)])
-
-    train(model, model.configure_optimizers(run), next_batch, run, tell, after_step)
-    losses, y = token_losses(model, held_out, run)  # (N, T) each
-    require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
-    words = np.array([word + " " * (run.tokens == "word") for word in text[2]])
-    sample = model.generate(held_out[:1, :10].long(), 40, top_k=50)[0].tolist()
-    numbers = dict(
-        n_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        val_loss=losses.mean().item(),
-        train_loss=curve[-1][1],
-        curve=curve,
-        loss_by_position=losses.mean(0).tolist(),
-        tokens_seen=run.max_iters * run.batch_size * run.block_size,
-        sample="".join(words[sample]),
-    )
-    return model, numbers, dict(losses=losses[:64].numpy(), tokens=words[y[:64]])
+def arms_of(found):
+    return list(dict.fromkeys(run.arm for run in found))
 
 
+def seeds_of(found):
+    n = len({run.seed for run in found})
+    return "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
+
+
+def plot_lags(found, path, last, caption):
+    """Whom W_V serves, by lag; the title counts the readers 1 to `last` positions later."""
+    records = per_seed(found, "vanilla", "lag_share")
+    if not records:
+        skip_figure(path, "it takes vanilla")
+        return
+    untrained = np.array([record["start"] for record in records])  # (seeds, L, 2, T)
+    trained = np.array([record["end"] for record in records])
+    _, layers, _, T = trained.shape
+    by_count = (T - np.arange(T)) / (T * (T + 1) / 2)  # (T,) T - lag pairs are `lag` apart
+    fig, (axes,) = new_figure(layers, width=4.2, height=3, sharey=True)
+    for layer, ax in enumerate(axes):
+        draw_band(ax, range(T), untrained[:, layer, 1], "untrained", "#0072B2", linestyle=":")
+        draw_band(ax, range(T), trained[:, layer, 1], "trained", "#0072B2", linestyle="-")
+        ax.plot(by_count, "--", color="#999999", label="by counting terms")
+        ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer")
+    axes[0].set_ylabel("share of W_V's gradient")
+    axes[0].legend(fontsize=8, frameon=False)
+    share = mean_sd(100 * trained[:, -1, 1, 1 : last + 1].sum(1), 0)
+    counted = 100 * by_count[1 : last + 1].sum()
+    finding = f"{share} % of the last layer's W_V gradient is from the next {last} readers"
+    fig.suptitle(f"{finding} (by counting: {counted:.0f} %)", fontsize=11)
+    save_figure(fig, path, f"vanilla; shares add up to 1; {caption}")
+    print(f"    {finding}")
+
+
+def draw_sizes(ax, values, ylabel):
+    """{(layers, channels, parameters): [value of each seed]}, the smallest first -> a line through
+    the models that differ in width alone, and one through those that differ in depth alone."""
+    lines = [("width", "layers", 0, "#0072B2", "-"), ("depth", "channels", 1, "#D55E00", "--")]
+    for name, shared, place, colour, line in lines:
+        usual = mode(size[place] for size in values)
+        points = []
+        for size, of_seeds in values.items():
+            if size[place] != usual or not of_seeds:
+                continue
+            n_params, mean = size[2], np.mean(of_seeds)
+            points.append([n_params, mean])
+            ax.plot([n_params] * len(of_seeds), of_seeds, "o", color=colour, markersize=3)
+            ax.text(n_params, mean, f" {size[0]}x{size[1]}", fontsize=7, va="bottom")
+        if len(points) > 1:
+            ax.plot(*np.transpose(points), line, color=colour, label=f"{name} ({usual} {shared})")
+    ax.axhline(0, color="#999999", linewidth=0.8)
+    ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def by_size(found):
+    """{(layers, channels, parameters): {run: record}}, the smallest first."""
+    groups = {}
+    for run, record in found.items():
+        size = run.n_layer, run.n_embd, record["n_params"]
+        groups.setdefault(size, {})[run] = record
+    return dict(sorted(groups.items(), key=lambda item: item[0][2]))
+
+
+# ------------------------ figures and table of English
 def gaps(found, arm, key="val_loss"):
-    """record[key] of the arm - that of vanilla of the same seed, where both are: (seeds, ...)."""
-    own = {run.seed: record[key] for run, record in found.items() if run.arm == arm}
-    vanilla = {run.seed: record[key] for run, record in found.items() if run.arm == "vanilla"}
-    return np.array([np.subtract(own[seed], vanilla[seed]) for seed in own if seed in vanilla])
+    """{seed: record[key] of the arm - that of vanilla of the same seed}, where both are."""
+    gap = {}
+    for run, record in found.items():
+        vanilla = found.get(replace(run, arm="vanilla"))
+        if run.arm == arm and vanilla is not None:
+            gap[run.seed] = np.subtract(record[key], vanilla[key])
+    return gap
 
 
-def plot_gaps(found, arms, path, caption):
+def shares_of_bigram(found, arm):
+    """The arm's gap in % of the bigram's of the same seed, unless that is below 0.1 nats: noise."""
+    own, bigram = gaps(found, arm), gaps(found, "bigram")
+    return [100 * own[seed] / bigram[seed] for seed in own if bigram.get(seed, 0) > 0.1]
+
+
+def plot_gaps(found, path, caption):
     """The arms' gaps while training and by position."""
     run, record = next(iter(found.items()))
-    steps = [step for step, _, _ in record["curve"]]
-    starts = [0] + [2**n for n in range(20) if 2**n < run.block_size]  # bins that double
-    widths = np.diff([*starts, run.block_size])
-    training, position, ends = {}, {}, []
-    for arm in arms:
-        ends.append(f"{arm} {gaps(found, arm).mean():.2f}")
-        training[arm] = gaps(found, arm, "curve")[:, :, 2]  # validation loss
-        by_position = gaps(found, arm, "loss_by_position")  # (seeds, T)
-        position[arm] = np.add.reduceat(by_position, starts, axis=1) / widths
+    steps = np.array(record["curve"])[:, 0]
+    # positions in bins that double: 0, 1, 2-3, 4-7, ...
+    edges = [0]
+    while edges[-1] < run.block_size:
+        edges.append(min(run.block_size, max(1, 2 * edges[-1])))
+    starts, widths = edges[:-1], np.diff(edges)
+
+    training, position, shown = {}, {}, []
+    for arm in arms_of(found):
+        if arm == "vanilla" or not gaps(found, arm):
+            continue
+        shown.append(f"{arm} {mean_sd(list(gaps(found, arm).values()), 2)}")
+        curves = np.array(list(gaps(found, arm, "curve").values()))  # (seeds, points, 3)
+        training[arm] = curves[:, :, 2]  # validation loss
+        by_position = np.array(list(gaps(found, arm, "loss_by_position").values()))
+        position[arm] = np.add.reduceat(by_position, starts, axis=1) / widths  # (seeds, bins)
+    if not training:
+        skip_figure(path, "it takes vanilla and another arm of the same seed")
+        return
+    if "bigram" in position:  # where context is worth nothing, a gap says nothing
+        worth = position["bigram"].mean(0) > 0.1
+        position = {arm: np.where(worth, y, np.nan) for arm, y in position.items()}
+        caption += "; by position: only where context is worth 0.1 nats"
+
     fig, ((left, right),) = new_figure(2, width=5)
-    draw_lines(left, steps, training, xlabel="training steps", ylabel="loss − vanilla's (nats)")
-    draw_lines(right, starts, position, xlabel="position in the window", xscale="symlog")
-    left.set_title(f"The myopia gap: {', '.join(ends)}")
-    right.set_title("The same by position, in bins that double")
-    right.set_xticks(starts, starts)
+    draw_arms(left, steps, training, xlabel="training steps", ylabel="loss − vanilla's (nats)")
+    draw_arms(right, range(len(starts)), position, xlabel="position in the window, from")
+    left.set_title("while training", fontsize=10)
+    right.set_title("by position, in bins that double", fontsize=10)
+    right.get_legend().remove()
+    right.set_xticks(range(len(starts)), starts)
+    fig.suptitle(f"The gap at the end: {', '.join(shown)} nats", fontsize=10)
     save_figure(fig, path, caption)
 
 
+def plot_text_sizes(found, path, caption):
+    """The myopia gap against size, in nats and as a share of what context is worth."""
+    in_nats, in_share = {}, {}
+    for size, group in by_size(found).items():
+        in_nats[size] = list(gaps(group, "myopic").values())
+        in_share[size] = shares_of_bigram(group, "myopic")
+    fig, ((left, right),) = new_figure(2, width=5)
+    draw_sizes(left, in_nats, "myopia gap (nats)")
+    draw_sizes(right, in_share, "% of the bigram's gap")
+    fig.suptitle("The myopia gap of English against size")
+    save_figure(fig, path, caption)
+
+
+@matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
 def report(found, args):
-    """The table, and the figure of the gaps."""
-    run, record = next(iter(found.items()))
-    seeds = len({run.seed for run in found})
-    about = f"{record['n_params']:,} parameters, {run.max_iters} steps of {run.batch_size} × "
-    about += f"{run.block_size} {run.tokens}s, mean ± standard deviation of {seeds} seed(s)"
-    if arms := [arm for arm in ("myopic", "myopic_kv") if len(gaps(found, arm))]:
-        plot_gaps(found, arms, args.out_dir / f"text_gaps_{run.tokens}.png", about)
-    rows, bigram_gap = [], gaps(found, "bigram")
-    for arm in dict.fromkeys(run.arm for run in found):
-        records = [record for run, record in found.items() if run.arm == arm]
-        losses = [mean_sd([r[key] for r in records]) for key in ("val_loss", "train_loss")]
-        gap = gaps(found, arm)
-        comparable = 0 < len(gap) == len(bigram_gap) and bigram_gap.min() > 0.1  # else noise
-        share = 100 * gap / bigram_gap if comparable else []
-        numbers = *losses, mean_sd(gap), mean_sd(share, 1)
-        rows.append([arm, *numbers, records[0]["sample"].replace("\n", " ")])
-    header = ["arm", "val loss", "train loss", "gap", "% of bigram's gap", "writes"]
-    print_table(about, header, rows, "losses in nats per token; gap: loss − vanilla's")
+    """The table, then the figures."""
+    sizes = by_size(found)
+    rows = []
+    for (layers, channels, n_params), group in sizes.items():
+        for arm in arms_of(group):
+            row = [f"{layers}x{channels}", f"{n_params:,}", arm]
+            row.append(mean_sd(per_seed(group, arm, "val_loss")))
+            row.append(mean_sd(per_seed(group, arm, "train_loss")))
+            row.append(mean_sd(list(gaps(group, arm).values())))
+            row.append(mean_sd(shares_of_bigram(group, arm), 1))
+            sample = per_seed(group, arm, "sample")[0]
+            row.append("".join(c if c.isprintable() else " " for c in sample))
+            rows.append(row)
+    run = next(iter(found))
+    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes; {seeds_of(found)}"
+    header = ["size", "parameters", "arm", "val loss", "train loss", "gap"]
+    header += ["% of bigram's gap", "writes"]
+    caption = "losses in nats per byte; gap: loss − vanilla's of the same seed"
+    print_table(f"English: {steps}", header, rows, caption)
+
+    largest = list(sizes.values())[-1]
+    plot_gaps(largest, args.out_dir / "text_gaps.png", steps)
+    plot_lags(largest, args.out_dir / "text_lags.png", 4, steps)
+    if len(sizes) > 1:
+        plot_text_sizes(found, args.out_dir / "text_size.png", f"{steps}; dots: seeds")
+    print(f"open {args.out_dir / 'text_gaps.png'} first")
+
+
+# ------------------------ from here on: running many of them
+def write_whole(path, write):
+    """write(a temporary path), then rename: the file at `path` is whole or not there. Raises
+    UsageError if it cannot be written."""
+    part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: make room, or name another folder") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def run_path(out_dir, run, suffix=".json"):
+    return Path(out_dir) / "runs" / (run.name() + suffix)
+
+
+def read_runs(out_dir, kind):
+    """{run: record} of all the runs of a class, TextRun or SineRun, that a folder holds.
+
+    A field that a record lacks has its default; a run is equal to the one wanted only if all its
+    fields are."""
+    found = {}
+    for path in sorted((Path(out_dir) / "runs").glob(f"{kind.kind}-*.json")):
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: delete it, and the run is repeated") from error
+        run = kind(**{f.name: record[f.name] for f in fields(kind) if f.name in record})
+        found[run] = record
+    return found
+
+
+def save_run(out_dir, run, record, arrays):
+    """arrays: a dict, or None. The record's presence means done, so it comes last."""
+    if arrays is not None:
+        path = run_path(out_dir, run, ".npz")
+        try:
+            write_whole(path, lambda part: np.savez_compressed(part, **arrays))
+        except UsageError as error:
+            print(f"{error}; the record alone is kept, so some figures will be missing")
+    text = json.dumps(record, allow_nan=False)
+    write_whole(run_path(out_dir, run), lambda part: part.write_text(text, "utf-8"))
+
+
+def read_arrays(out_dir, run):
+    """{name: array} of a run, weights included, or None: the first seed's alone are kept."""
+    path = run_path(out_dir, run, ".npz")
+    return dict(np.load(path)) if path.exists() else None
+
+
+def load_weights(model, arrays):
+    """Put the weights that a run's arrays hold into a model of its shape -> the model."""
+    state = {}
+    for name in model.state_dict():
+        state[name] = torch.from_numpy(arrays[f"weights.{name}"])
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def start_worker(queue):
+    """In a worker: Ctrl-C is the parent's, the worker ends with it, progress goes to its bar."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.current_process().progress = queue
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def train_one_run(train_one, run, device, show_progress):
+    """One run, on one thread, to be the same on any number of cores -> its numbers and arrays."""
+
+    def report_progress(steps, loss):
+        show_progress(steps, f"{run.arm}, seed {run.seed}: loss {loss:.3f}")
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # high: TF32
+    start = time.time()
+    model, numbers, arrays = train_one(run, device, report_progress)
+    numbers["n_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    numbers["seconds"] = round(time.time() - start, 1)
+    for name, weight in model.state_dict().items():
+        arrays[f"weights.{name}"] = weight.half().cpu().numpy()
+    return numbers, arrays
+
+
+def train_in_worker(train_one, run, device):
+    queue = multiprocessing.current_process().progress
+    return train_one_run(train_one, run, device, lambda *news: queue.put(news))
+
+
+def train_side_by_side(train_one, runs, device, jobs, show_progress):
+    """Train `jobs` runs at once; yield (run, (numbers, arrays)) as they finish."""
+    if jobs == 1:
+        for run in runs:
+            yield run, train_one_run(train_one, run, device, show_progress)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    with ProcessPoolExecutor(jobs, context, start_worker, [queue]) as pool:
+        pending = {pool.submit(train_in_worker, train_one, run, device): run for run in runs}
+        try:
+            while pending:
+                done, _ = wait(pending, timeout=0.2)
+                while not queue.empty():
+                    show_progress(*queue.get())
+                for future in done:
+                    yield pending.pop(future), future.result()
+        finally:  # after a failed run or Ctrl-C, too: nobody waits for the others
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+
+def train_missing(runs, train_one, headline, args):
+    """Train the runs that are not recorded yet -> {run: record} for all of `runs` that are.
+
+    train_one(run, device, report_progress) -> model, numbers, arrays. headline: the one shown."""
+    recorded = read_runs(args.out_dir, type(args.run))
+    found = [recorded[run] for run in runs if run in recorded]
+    todo = []
+    if not args.plot_only:
+        todo = [run for run in runs if args.fresh or run not in recorded]
+    print(f"{args.out_dir}: {len(found)} of these runs are recorded, {len(todo)} to train")
+    if todo and args.device == "cpu":  # the presets' seconds are those of a core
+        minutes = args.seconds * len(todo) / args.jobs / 60
+        print(f"{args.jobs} at once: about {minutes:.1f} minutes with the preset's settings")
+    if any(record["code"] != args.stamp["code"] for record in found):
+        print("some were made by other code and are used as they are; --fresh repeats them")
+
+    steps = 0
+    for run in todo:
+        models = 2 if run.config(1).past == "frozen" else 1  # its teacher, too
+        steps += models * run.max_iters
+    with tqdm(total=steps, leave=False, disable=not todo) as bar:
+
+        def show_progress(steps, text):
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(steps)
+
+        results = train_side_by_side(train_one, todo, args.device, args.jobs, show_progress)
+        for run, (numbers, arrays) in results:
+            record = asdict(run) | args.stamp | numbers
+            save_run(args.out_dir, run, record, arrays if run.seed == args.seed else None)
+            bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
+
+    # in the order of `runs`, whenever they were trained
+    recorded = read_runs(args.out_dir, type(args.run))
+    require(recorded.keys() & runs, f"{args.out_dir}: none of these runs: leave out --plot_only")
+    return {run: recorded[run] for run in runs if run in recorded}
+
+
+# ------------------------ command line
+def parse_flags(script, doc, presets, argv, more=()):
+    """presets: {name: dict(run, arms, seeds, seconds, ...)}; more: (flag, settings of argparse).
+
+    -> args; args.run holds the preset's settings and those given by hand."""
+    about = (doc or "").split("\n")[0]  # python -OO has no docstrings
+    parser = argparse.ArgumentParser(Path(script).name, description=about, allow_abbrev=False)
+    add = parser.add_argument
+    devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    add("--preset", choices=presets, default="quick", help="seconds; a laptop; a GPU")
+    add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
+    add("--seeds", type=int, help="how many seeds")
+    add("--sizes", nargs="+", metavar="LxC", help="layers x channels, as 3x64: a sweep of sizes")
+    add("--device", choices=["auto", *devices], default="auto", help="auto: CUDA or else the CPU")
+    add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
+    add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
+    add("--fresh", action="store_true", help="train recorded runs again")
+    add("--plot_only", action="store_true", help="train nothing, draw what is recorded")
+    for flag, how in more:
+        add(flag, **how)
+    settings = [f for f in fields(presets["quick"]["run"]) if f.metadata]
+    for f in settings:
+        add(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
+
+    # the preset's settings are the defaults of the flags
+    preset = presets[parser.parse_known_args(argv)[0].preset]
+    parser.set_defaults(**asdict(preset["run"]))
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
+    if args.out_dir is None:
+        args.out_dir = Path("out", args.preset)
+    if args.device == "auto":
+        args.device = "cuda" if "cuda" in devices else "cpu"
+    if args.jobs is None:  # one for each core that this process may use
+        args.jobs = torch.get_num_threads() if args.device == "cpu" else 1
+    require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")  # Windows
+    require(args.seeds >= 1, f"seeds is {args.seeds}: give 1 or more")
+    return args
+
+
+def make_out_dir(args, script):
+    """Make the folder, and note what every record of this call will say of machine and code."""
+    folder = args.out_dir / "runs"
+    if not args.plot_only:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        require(os.access(folder, os.W_OK), f"--out_dir {args.out_dir}: name a folder to write to")
+    on_cuda = args.device == "cuda"
+    machine = torch.cuda.get_device_name() + ", TF32" if on_cuda else platform.machine()
+    sources = b"".join(Path(source).read_bytes() for source in sorted({__file__, script}))
+    code = hashlib.sha256(sources).hexdigest()[:8]
+    args.stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
+
+
+def all_runs(args, base, heads_for):
+    """The runs of a call: every seed, size and arm of `base`, each once, in that order.
+
+    heads_for(channels) -> n_head, for --sizes."""
+    shapes = []
+    for size in args.sizes or []:
+        layers, _, channels = size.partition("x")
+        require(layers.isdecimal() and channels.isdecimal(), f"size {size}: write it as 3x64")
+        layers, channels = int(layers), int(channels)
+        shapes.append(dict(n_layer=layers, n_embd=channels, n_head=heads_for(channels)))
+    runs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        for shape in shapes or [{}]:
+            for arm in args.arms:
+                runs.append(replace(base, seed=seed, arm=arm, **shape))
+    return list(dict.fromkeys(runs))
+
+
+@contextlib.contextmanager
+def exit_status(script):
+    """Ends the command with one line and status 2 for bad input, 1 for a killed worker, 130 for
+    Ctrl-C; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that a console lacks must not end a run
+            stream.reconfigure(errors="replace")
+    kept = "finished runs are kept, the same command goes on"
+    try:
+        yield
+        return
+    except UsageError as error:
+        status, message = 2, "error: " + " ".join(str(error).split())
+    except BrokenExecutor:
+        why = "a run was ended by the system, perhaps for its memory: try a smaller --jobs"
+        status, message = 1, f"{why}; {kept}"
+    except KeyboardInterrupt:
+        status, message = 130, f"interrupted; {kept}"
+    print(f"{Path(script).name}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 # ------------------------ what it costs
-def sublayer(x, w, b, n_head, dy, way):
-    """Attention forward and backward, as in an arm, in torch's own way or in two streams."""
-    if way == "two streams":  # the textbook way to the myopic gradient: a detached second stream
-        y = two_stream_attention(x, x.detach(), w, b, n_head)
-    elif way == "torch's own":
-        q, k, v = split_heads(F.linear(x, w, b), n_head)
-        kernel = "FLASH_ATTENTION" if x.device.type == "cpu" else "EFFICIENT_ATTENTION"  # as ours
-        with nn.attention.sdpa_kernel(getattr(nn.attention.SDPBackend, kernel)):
-            y = merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    else:
-        arm = arm_fields(way)
-        y = myopic_attention(x, w, b, n_head, arm["horizon"], arm["cut"])
-    torch.autograd.grad(y, (x, w, b), dy)
-
-
-def time_calls(call, ways, device, rounds=12):
-    """Time call(way), every way once a round in any order -> a cell of the table for each way: its
-    time over the first way's in the same round; nan where memory runs out."""
-    seconds = np.full((rounds, len(ways)), math.nan)
-    for in_round in seconds:
-        for n in np.random.permutation(len(ways)):
+def time_calls(calls, device, rounds=11):
+    """{name: call} -> a cell for each: its time over the first one's in the same round, in which
+    every call is timed once, in any order: median (quartiles), median time."""
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name in np.random.permutation(list(calls)):
             start = time.perf_counter()
-            with contextlib.suppress(torch.OutOfMemoryError):
-                call(ways[n])
-                getattr(torch, device).synchronize()
-                in_round[n] = time.perf_counter() - start
+            calls[name]()
+            getattr(torch, device).synchronize()
+            seconds[name].append(time.perf_counter() - start)
     cells = []
-    for way, times in zip(ways, seconds[1:].T):  # the first round warms up
-        low, middle, high = np.quantile(times / seconds[1:, 0], [0.25, 0.5, 0.75])
-        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times):.1f} ms")
-        if device == "cuda" and not math.isnan(middle):
-            torch.cuda.reset_peak_memory_stats()
-            call(way)
-            cells[-1] += f"\n{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+    first = np.array(next(iter(seconds.values()))[1:])  # the first round warms up
+    for times in seconds.values():
+        low, middle, high = np.quantile(times[1:] / first, [0.25, 0.5, 0.75])
+        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times[1:]):.1f} ms")
     return cells
 
 
 def bench(args):
-    """Time the attention sublayer in every way, and a whole training step in every arm."""
+    """Time the attention sublayer in four ways, and a whole training step in two."""
     torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
-    run, C = replace(args.run, max_iters=1), args.run.n_embd
-    arms, rows = ["vanilla", "myopic", "myopic_kv", "horizon_4"], []
-    ways = [*arms, "two streams", "torch's own"]
-    for T in (64, 128, 256, 512, 1024, 2048):
+    run, C, n_head = args.run, args.run.n_embd, args.run.n_head
+
+    def torchs_own(x, w, b):
+        q, k, v = heads(x, w, b, n_head)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    ways = {
+        "torch's own": torchs_own,
+        "vanilla": lambda x, w, b: myopic_attention(x, w, b, n_head, horizon=None),
+        "myopic": lambda x, w, b: myopic_attention(x, w, b, n_head, horizon=0),
+        "two streams": lambda x, w, b: two_stream_attention(x, x.detach(), w, b, n_head),
+    }
+
+    def forward_backward(way, leaves, dy):
+        torch.autograd.grad(way(*leaves), leaves, dy)
+
+    rows = []
+    for T in (64, 256, 1024):
         B = max(1, run.batch_size * run.block_size // T)
         x, dy = torch.randn(2, B, T, C).to(args.device, getattr(torch, run.dtype))
-        w, b = nn.Linear(C, 3 * C).to(x).parameters()
-        call = functools.partial(sublayer, x.requires_grad_(), w, b, run.n_head, dy)
-        rows.append([f"sublayer\nT = {T}", *time_calls(call, ways, args.device)])
-    model = GPT(run.config(256)).to(args.device)
-    optimizers = model.configure_optimizers(run)
+        leaves = [x.requires_grad_(), *nn.Linear(C, 3 * C).to(x).parameters()]
+        calls = {}
+        for name, way in ways.items():
+            calls[name] = functools.partial(forward_backward, way, leaves, dy)
+        rows.append([f"sublayer\nT = {T}", *time_calls(calls, args.device)])
+
     xy = torch.randint(256, (2, run.batch_size, run.block_size), device=args.device)
-
-    def step(arm):
-        vars(model.config).update(arm_fields(arm))  # every block shares this config
-        train(model, optimizers, lambda step: xy, run, lambda news: None)
-
-    rows.append([f"step\nT = {run.block_size}", *time_calls(step, arms, args.device)])
-    caption = "time over vanilla's in the same round: median (quartiles); median time"
-    print_table(f"Forward and backward on {args.stamp['device']}", ["", *ways], rows, caption)
+    calls = {}
+    for arm in ("vanilla", "myopic"):
+        step = replace(run, arm=arm, max_iters=1)
+        model = GPT(step.config(256)).to(args.device)
+        parts = dict(model=model, optimizers=configure_optimizers(model, step), run=step)
+        parts |= dict(next_batch=lambda step: xy, report_progress=lambda steps, loss: None)
+        calls[arm] = functools.partial(train, **parts)
+    rows.append([f"step\nT = {run.block_size}", "", *time_calls(calls, args.device), ""])
+    caption = "time over the row's first in the same round: median (quartiles); median time"
+    print_table(f"Forward and backward on {args.device}", ["", *ways], rows, caption)
 
 
 # ------------------------ main
 def flags(argv=None):
     data = dict(nargs="+", metavar="FILE", default=[], help="UTF-8 text (Python's own English)")
     cost = dict(action="store_true", help="only measure what the stop-gradient costs")
-    return parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])
+    args = parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])
+    args.runs = all_runs(args, args.run, lambda channels: max(1, channels // 16))
+    return args
 
 
 def main(argv=None):
-    """Train what is not recorded yet, draw, print the table; or measure what it costs."""
+    """Train what is not recorded yet, print the table, draw; or measure what it costs."""
     with exit_status(__file__):
         args = flags(argv)
         if args.bench:
-            return bench(args)
-        ids, held_out, vocabulary = text = load_text(args.data, args.run)
-        print(f"text: {len(ids):,} {args.run.tokens}s to train on, {len(held_out):,} held out")
-        digest = hashlib.sha256(np.concatenate([ids, held_out])).hexdigest()
-        base = replace(args.run, vocab_size=len(vocabulary), data_sha256=digest)
-        seeds = range(args.seed, args.seed + args.seeds)
-        runs = [replace(base, seed=seed, arm=arm) for seed in seeds for arm in args.arms]
-        train_one = functools.partial(train_text, text)
-        report(train_missing(runs, train_one, "val_loss", args.out_dir / "text.jsonl", args), args)
+            bench(args)
+            return
+        train_part, held_part = load_text(args.data, args.run.block_size)
+        print(f"text: {len(train_part):,} bytes to train on, {len(held_part):,} held out")
+        split = f"{len(train_part)} ".encode()
+        digest = hashlib.sha256(split + train_part + held_part).hexdigest()
+        runs = [replace(run, data_sha256=digest) for run in args.runs]
+        make_out_dir(args, __file__)
+        train_one = functools.partial(train_text, (train_part, held_part))
+        report(train_missing(runs, train_one, "val_loss", args), args)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@
 # current python has every package. Interrupted? The same command goes on after the last finished run.
 set -euo pipefail
 export PYTHONUNBUFFERED=1 # a line is seen when it is printed, in a log file, too
+export MPLBACKEND=agg     # every figure goes to a file; a notebook's backend may be missing here
+unset CDPATH PYTHONHOME PYTHONOPTIMIZE PYTHONSAFEPATH # a user's, which would change what follows
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 has_packages() { # does this python have everything, with torch 2.9 or newer?
-    "$1" - 2>/dev/null <<'EOF'
+    "$1" - 2>/dev/null <<'EOF_PYTHON'
 import importlib.util, sys
-assert sys.version_info >= (3, 10)
-assert all(importlib.util.find_spec(m) for m in "numpy torch matplotlib tqdm rich pytest".split())
 from torch.optim import Muon
-EOF
+packages = "numpy torch matplotlib tqdm rich pytest".split()
+sys.exit(sys.version_info < (3, 10) or None in map(importlib.util.find_spec, packages))
+EOF_PYTHON
 }
 
 set_up() { # sets $python
@@ -26,7 +28,7 @@ set_up() { # sets $python
         fi
     done
     for base in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
-        if "$base" -c 'import sys; assert sys.version_info >= (3, 10)' 2>/dev/null; then
+        if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "installing the packages of requirements.txt into $here/.venv (once)"
             "$base" -m venv "$here/.venv"
             python="$here/.venv/bin/python"
@@ -39,26 +41,32 @@ set_up() { # sets $python
     exit 2
 }
 
-if [ "${1:-}" = test ]; then
+case "${1:-}" in
+-h | --help)
+    sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+test)
     set_up
     cd "$here"
     exec "$python" -m pytest -q "${@:2}" test_myopic.py
-fi
+    ;;
+esac
 
 set_up
-# A flag that one of the scripts does not know is refused before anything is trained.
-PYTHONPATH="$here" "$python" - "$@" <<'EOF'
+# A flag that one of the scripts does not know is refused before anything is trained or made.
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" - "$@" <<'EOF_PYTHON'
 import sys
 import myopic_gpt, synthetic
 for script in (synthetic, myopic_gpt):
     with myopic_gpt.exit_status(script.__file__):
         script.flags(sys.argv[1:])
-EOF
-big=$("$python" -c 'import torch; print("full" if torch.cuda.is_available() else "quick")')
-# The sines first in the demo, for they show most; else last, for they draw the texts' gradients, too.
-steps=("synthetic.py --preset demo" "myopic_gpt.py --preset demo" "myopic_gpt.py --preset $big" "synthetic.py --preset $big")
-case " $* " in *" --preset"*) steps=("myopic_gpt.py" "synthetic.py") ;; esac
-for step in "${steps[@]}"; do
-    echo "== $step $*"
-    "$python" "$here"/$step "$@"
+EOF_PYTHON
+presets=(demo "$("$python" -c 'import torch; print("full" if torch.cuda.is_available() else "quick")')")
+case " $* " in *" --preset"*) presets=("") ;; esac
+for preset in "${presets[@]}"; do
+    for script in synthetic.py myopic_gpt.py; do # the sines first: they show most
+        echo "== $script ${preset:+--preset $preset }$*"
+        "$python" "$here/$script" ${preset:+--preset "$preset"} "$@"
+    done
 done
