@@ -56,11 +56,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 # ------------------------ arms and configuration
-# An arm of a comparison is three fields; everything else, weights and batches included, is shared.
+# An arm of a comparison is three fields; all else, the start and the batches included, is the same.
 #   horizon  None: gradients travel freely; 0: not at all; h: h positions along each attention edge,
-#            n_layer * h in all, a road between the two gradients; h >= T - 1 is the same as None
+#            n_layer * h in all, which is neither gradient; h >= T - 1 is the same as None
 #   cut      when i reads k_j = W_K x_j, whose work is that?  "hidden": the reader's, so W_K and W_V
-#            learn from every reader (the paper); "kv": the writer's, from their own position alone
+#            learn from every reader (the paper); "kv": the writer's, so they learn from near ones
 #   past     keys and values of the past are made from the model's "own" states, from those of a
 #            "frozen" trained vanilla model, or are "zero"; the last two ignore horizon and cut
 ARMS = {
@@ -133,6 +133,12 @@ def attend(q, k, v):
         return q, k, v, F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def mask_future(S):
+    """Scores (..., T, T) -> the same, but -inf where j > i."""
+    future = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)  # (T, T)
+    return S.masked_fill(future, -math.inf)
+
+
 def log_sum_exp(q, k, out):
     """lse (B, nh, T): as the fused forward pass kept it for its own backward, or else computed."""
     for name in ("_saved_logsumexp", "_saved_log_sumexp"):
@@ -140,8 +146,7 @@ def log_sum_exp(q, k, out):
             return getattr(out.grad_fn, name).flatten(2)[:, :, : q.size(2)]
     wide = torch.promote_types(q.dtype, torch.float32)
     S = q.to(wide) @ k.to(wide).mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
-    future = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)  # (T, T)
-    return S.masked_fill(future, -math.inf).logsumexp(-1)
+    return mask_future(S).logsumexp(-1)
 
 
 def lag_gradients(lag, G, q, k, v, out, lse):
@@ -149,10 +154,10 @@ def lag_gradients(lag, G, q, k, v, out, lse):
 
     It takes one shifted diagonal of dS and of P: no (T, T) matrix is made."""
     T, s = q.size(2), 1 / math.sqrt(q.size(3))
-    q_i, G_i, O_i, lse_i = (t[:, :, lag:] for t in (q, G, out, lse))  # (B, nh, T - lag, hs)
+    q_i, G_i, O_i = (t[:, :, lag:] for t in (q, G, out))  # (B, nh, T - lag, hs)
     k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
-    S = s * (q_i * k_j).sum(-1) - lse_i  # (B, nh, T - lag)
-    P = S.clamp(max=0).exp()[..., None]  # (B, nh, T - lag, 1)
+    log_P = s * (q_i * k_j).sum(-1) - lse[:, :, lag:]  # (B, nh, T - lag)
+    P = log_P.clamp(max=0).exp()[..., None]  # (B, nh, T - lag, 1); rounding may lift it above 0
     dS = P * (G_i * (v_j - O_i)).sum(-1, keepdim=True)  # (B, nh, T - lag, 1)
     return s * dS * q_i, P * G_i
 
@@ -170,7 +175,7 @@ def near_gradients(G, q, k, v, out, lse, horizon):
 
 
 class MyopicAttention(torch.autograd.Function):
-    """Causal self-attention; no loss reaches a state more than `horizon` back (None: no limit)."""
+    """Causal self-attention; along its edges no gradient goes back more than `horizon` (None: any)."""
 
     @staticmethod
     def forward(ctx, x, w, b, n_head, horizon, cut):
@@ -188,7 +193,8 @@ class MyopicAttention(torch.autograd.Function):
             q, k, v, out = attend(q, k, v)
         G = split_heads(dy, ctx.n_head)  # (B, nh, T, hs)
 
-        # what every reader wants, and what the near ones want
+        # what every reader wants, and what the near ones want; the graph stays, for lse and for a
+        # second backward pass
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), G, retain_graph=True)
         dk_near, dv_near = dk, dv
         if ctx.horizon is not None:
@@ -243,8 +249,7 @@ def two_stream_attention(x, past_x, w, b, n_head):
     if past_x is not None:
         _, k_past, v_past = heads(past_x, w, b, n_head)
     S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)  # (B, nh, T, T)
-    future = torch.ones(S.shape[-2:], dtype=torch.bool, device=x.device).triu(1)  # (T, T)
-    A = (S / math.sqrt(q.size(-1))).masked_fill(future, -math.inf).softmax(-1)
+    A = mask_future(S / math.sqrt(q.size(-1))).softmax(-1)  # (B, nh, T, T)
     A_own = A.diagonal(0, -2, -1)[..., None]  # (B, nh, T, 1)
     return merge_heads(A @ v_past + A_own * (v - v_past))
 
@@ -266,8 +271,8 @@ class CausalSelfAttention(nn.Module):
         if self.past == "own":  # vanilla, too, goes through the backward pass by hand
             y = myopic_attention(x, w, b, self.n_head, self.horizon, self.cut)  # (B, T, C)
         else:
-            no_teacher = self.past == "frozen" and past_x is None
-            require(not no_teacher, "past is 'frozen': that takes a LocalMyopicGPT")
+            has_past = self.past == "zero" or past_x is not None
+            require(has_past, "past is 'frozen': that takes a LocalMyopicGPT")
             y = two_stream_attention(x, past_x, w, b, self.n_head)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -325,9 +330,8 @@ class GPT(nn.Module):
 
     def embed(self, idx):
         """idx (B, T) -> (B, T, C)"""
-        T = idx.size(1)
-        most = self.config.block_size
-        require(most >= T, f"{T} positions: block_size allows {most}")
+        T, limit = idx.size(1), self.config.block_size
+        require(limit >= T, f"{T} positions: block_size allows {limit}")
         return self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
 
     def hidden_states(self, idx):
@@ -349,7 +353,7 @@ class GPT(nn.Module):
     def position_losses(self, state, targets):
         """State after the last block (B, T, C), targets (B, T) -> the loss at each (B, T)."""
         logits = self.lm_head(self.transformer.ln_f(state))  # (B, T, V)
-        return F.cross_entropy(logits.mT, targets, reduction="none")
+        return F.cross_entropy(logits.mT, targets, reduction="none", ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -413,9 +417,9 @@ def load_text(files, block_size):
         except (OSError, ValueError) as error:
             raise UsageError(f"--data {name}: {error}; name a UTF-8 file") from error
     text = "\n\n".join(texts) if files else python_english()
-    cut = len(text) * 9 // 10
-    cut = max(cut, text.find("\n\n", cut, cut + len(text) // 100))  # between paragraphs, if it can
-    parts = text[:cut].encode(), text[cut:].encode()
+    tenth = len(text) * 9 // 10  # the last one begins here, or between the next paragraphs
+    split = max(tenth, text.find("\n\n", tenth, tenth + len(text) // 100))
+    parts = text[:split].encode(), text[split:].encode()
     n = min(map(len, parts))
     require(block_size < n, f"block_size is {block_size}: the held-out text has {n} bytes")
     return parts
@@ -449,13 +453,13 @@ def configure_optimizers(model, run):
     """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
     AdamW's, matrices and embeddings decay, biases and norms do not."""
     by_muon, decaying, others = [], [], []
+    of_muon = {"all": ".h.", "attn": ".attn.", "none": "/"}[run.muon]  # a part of its names
     for name, p in model.named_parameters():
-        in_block = ".h." in name and (run.muon == "all" or ".attn." in name)
         if not p.requires_grad:  # a teacher's
             continue
         if p.dim() < 2:
             others.append(p)
-        elif in_block and run.muon != "none":
+        elif of_muon in name:
             by_muon.append(p)
         else:
             decaying.append(p)
@@ -524,8 +528,9 @@ def setting(default, help, most=math.inf, choices=None):
 class Run:
     """Settings in, one record out. Raises UsageError for a value that it cannot have."""
 
+    kind = "run"  # how its files' names begin
     arm: str = "vanilla"
-    recipe: int = 1  # what no field tells, such as the order of the text: to be raised by a change
+    recipe: int = 1  # raise it when a change that no other field shows makes old records differ
     seed: int = setting(0, "the first seed", most=sys.maxsize)
     block_size: int = setting(64, "positions per sequence, T")
     n_layer: int = setting(3, "blocks")
@@ -591,10 +596,10 @@ class TextRun(Run):
 
 FOUR_ARMS = ["vanilla", "myopic", "myopic_kv", "bigram"]
 SHAPE = dict(block_size=32, n_layer=2, n_head=2, n_embd=32)
-SMALL = TextRun(**SHAPE, max_iters=400, learning_rate=1.5e-2, muon_rate=1.5e-2)
+DEMO = TextRun(**SHAPE, max_iters=400, learning_rate=1.5e-2, muon_rate=1.5e-2)
 SIZES = ["3x16", "3x32", "3x64", "3x128", "1x64", "2x64", "6x64"]
 PRESETS = {  # seconds: of a run, about, on one core
-    "demo": dict(run=SMALL, arms=FOUR_ARMS, seeds=1, seconds=6),
+    "demo": dict(run=DEMO, arms=FOUR_ARMS, seeds=1, seconds=6),
     "quick": dict(run=TextRun(), arms=FOUR_ARMS, seeds=3, seconds=45),
     "full": dict(run=TextRun(max_iters=3000), arms=FOUR_ARMS, seeds=3, sizes=SIZES, seconds=110),
 }
@@ -637,7 +642,7 @@ def train_text(text, run, device, report_progress):
 
     windows, held_out = windows_of(text[0]), windows_of(text[1])  # (n, T + 1), (m, T + 1)
     teacher = None
-    if config.past == "frozen":  # the teacher: this seed's vanilla model, bit for bit
+    if config.past == "frozen":  # the teacher: a vanilla model of the same seed and settings
         teacher, _, _ = train_text(text, replace(run, arm="vanilla"), device, report_progress)
     torch.manual_seed(run.seed)  # the same weights in every arm
     model = GPT(config) if teacher is None else LocalMyopicGPT(config, teacher)
@@ -690,10 +695,12 @@ def train_text(text, run, device, report_progress):
 # ------------------------ instruments: whom the gradient serves, in any GPT
 def as_arm(model, arm):
     """A copy of the model with another arm's backward pass; its forward pass is the same."""
+    other = arm_fields(arm)
+    require(other["past"] == "own", f"arm {arm}: its forward pass is another, too")
     model = copy.deepcopy(model)
     for block in model.transformer.h:
-        block.attn.horizon = arm_fields(arm)["horizon"]
-        block.attn.cut = arm_fields(arm)["cut"]
+        block.attn.horizon = other["horizon"]
+        block.attn.cut = other["cut"]
     return model
 
 
@@ -865,7 +872,7 @@ def plot_lags(found, path, last, caption):
         draw_band(ax, range(T), untrained[:, layer, 1], "untrained", "#0072B2", linestyle=":")
         draw_band(ax, range(T), trained[:, layer, 1], "trained", "#0072B2", linestyle="-")
         ax.plot(by_count, "--", color="#999999", label="by counting terms")
-        ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer")
+        ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer", xlim=(-0.5, T / 2))
     axes[0].set_ylabel("share of W_V's gradient")
     axes[0].legend(fontsize=8, frameon=False)
     share = mean_sd(100 * trained[:, -1, 1, 1 : last + 1].sum(1), 0)
@@ -882,18 +889,19 @@ def draw_sizes(ax, values, ylabel):
     lines = [("width", "layers", 0, "#0072B2", "-"), ("depth", "channels", 1, "#D55E00", "--")]
     for name, shared, place, colour, line in lines:
         usual = mode(size[place] for size in values)
-        points = []
-        for size, of_seeds in values.items():
-            if size[place] != usual or not of_seeds:
-                continue
-            n_params, mean = size[2], np.mean(of_seeds)
-            points.append([n_params, mean])
-            ax.plot([n_params] * len(of_seeds), of_seeds, "o", color=colour, markersize=3)
-            ax.text(n_params, mean, f" {size[0]}x{size[1]}", fontsize=7, va="bottom")
-        if len(points) > 1:
-            ax.plot(*np.transpose(points), line, color=colour, label=f"{name} ({usual} {shared})")
+        sizes = [size for size in values if size[place] == usual and values[size]]
+        if len(sizes) < 2:
+            continue
+        means = [np.mean(values[size]) for size in sizes]
+        n_params = [size[2] for size in sizes]
+        ax.plot(n_params, means, line, color=colour, label=f"{name} ({usual} {shared})")
+        for size, mean in zip(sizes, means):
+            of_seeds = values[size]
+            ax.plot([size[2]] * len(of_seeds), of_seeds, "o", color=colour, markersize=3)
+            ax.text(size[2], mean, f" {size[0]}x{size[1]}", fontsize=8, va="bottom")
     ax.axhline(0, color="#999999", linewidth=0.8)
     ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
+    ax.minorticks_off()
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8)
 
@@ -971,7 +979,12 @@ def plot_text_sizes(found, path, caption):
     fig, ((left, right),) = new_figure(2, width=5)
     draw_sizes(left, in_nats, "myopia gap (nats)")
     draw_sizes(right, in_share, "% of the bigram's gap")
-    fig.suptitle("The myopia gap of English against size")
+    measured = [size for size in in_share if in_share[size]]
+    if measured:
+        ends = []
+        for size in (measured[0], measured[-1]):
+            ends.append(f"{mean_sd(in_share[size], 0)} % at {size[0]}x{size[1]}")
+        fig.suptitle(f"Of what context is worth, myopia costs {', '.join(ends)}", fontsize=11)
     save_figure(fig, path, caption)
 
 
@@ -1023,18 +1036,19 @@ def run_path(out_dir, run, suffix=".json"):
     return Path(out_dir) / "runs" / (run.name() + suffix)
 
 
-def read_runs(out_dir, kind):
+def read_runs(out_dir, run_class):
     """{run: record} of all the runs of a class, TextRun or SineRun, that a folder holds.
 
     A field that a record lacks has its default; a run is equal to the one wanted only if all its
     fields are."""
     found = {}
-    for path in sorted((Path(out_dir) / "runs").glob(f"{kind.kind}-*.json")):
+    for path in sorted((Path(out_dir) / "runs").glob(f"{run_class.kind}-*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} is damaged: delete it, and the run is repeated") from error
-        run = kind(**{f.name: record[f.name] for f in fields(kind) if f.name in record})
+        settings = {f.name: record[f.name] for f in fields(run_class) if f.name in record}
+        run = run_class(**settings)
         found[run] = record
     return found
 
@@ -1133,14 +1147,14 @@ def train_missing(runs, train_one, headline, args):
         todo = [run for run in runs if args.fresh or run not in recorded]
     print(f"{args.out_dir}: {len(found)} of these runs are recorded, {len(todo)} to train")
     if todo and args.device == "cpu":  # the presets' seconds are those of a core
-        minutes = args.seconds * len(todo) / args.jobs / 60
+        minutes = args.seconds * math.ceil(len(todo) / args.jobs) / 60
         print(f"{args.jobs} at once: about {minutes:.1f} minutes with the preset's settings")
-    if any(record["code"] != args.stamp["code"] for record in found):
+    if not args.fresh and any(record["code"] != args.stamp["code"] for record in found):
         print("some were made by other code and are used as they are; --fresh repeats them")
 
     steps = 0
     for run in todo:
-        models = 2 if run.config(1).past == "frozen" else 1  # its teacher, too
+        models = 2 if arm_fields(run.arm)["past"] == "frozen" else 1  # its teacher, too
         steps += models * run.max_iters
     with tqdm(total=steps, leave=False, disable=not todo) as bar:
 
@@ -1172,7 +1186,7 @@ def parse_flags(script, doc, presets, argv, more=()):
     add("--preset", choices=presets, default="quick", help="seconds; a laptop; a GPU")
     add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
     add("--seeds", type=int, help="how many seeds")
-    add("--sizes", nargs="+", metavar="LxC", help="layers x channels, as 3x64: a sweep of sizes")
+    add("--sizes", nargs="+", metavar="LxC", help="LAYERSxCHANNELS, as 3x64: a sweep")
     add("--device", choices=["auto", *devices], default="auto", help="auto: CUDA or else the CPU")
     add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
     add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
@@ -1194,9 +1208,11 @@ def parse_flags(script, doc, presets, argv, more=()):
         args.out_dir = Path("out", args.preset)
     if args.device == "auto":
         args.device = "cuda" if "cuda" in devices else "cpu"
-    if args.jobs is None:  # one for each core that this process may use
-        args.jobs = torch.get_num_threads() if args.device == "cpu" else 1
-    require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")  # Windows
+    most_jobs = 61  # of Windows
+    if args.jobs is None:  # one for each core that torch may use
+        args.jobs = min(torch.get_num_threads(), most_jobs) if args.device == "cpu" else 1
+    in_range = 1 <= args.jobs <= most_jobs
+    require(in_range, f"jobs is {args.jobs}: give a number from 1 to {most_jobs}")
     require(args.seeds >= 1, f"seeds is {args.seeds}: give 1 or more")
     return args
 
@@ -1306,11 +1322,11 @@ def bench(args):
     xy = torch.randint(256, (2, run.batch_size, run.block_size), device=args.device)
     calls = {}
     for arm in ("vanilla", "myopic"):
-        step = replace(run, arm=arm, max_iters=1)
-        model = GPT(step.config(256)).to(args.device)
-        parts = dict(model=model, optimizers=configure_optimizers(model, step), run=step)
-        parts |= dict(next_batch=lambda step: xy, report_progress=lambda steps, loss: None)
-        calls[arm] = functools.partial(train, **parts)
+        one_step = replace(run, arm=arm, max_iters=1)
+        model = GPT(one_step.config(256)).to(args.device)
+        optimizers = configure_optimizers(model, one_step)
+        call = functools.partial(train, model, optimizers, lambda step: xy, one_step)
+        calls[arm] = functools.partial(call, lambda steps, loss: None)
     rows.append([f"step\nT = {run.block_size}", "", *time_calls(calls, args.device), ""])
     caption = "time over the row's first in the same round: median (quartiles); median time"
     print_table(f"Forward and backward on {args.device}", ["", *ways], rows, caption)

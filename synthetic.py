@@ -12,9 +12,9 @@ is pre-caching: it takes gradient from later losses, and myopic training stops t
     python synthetic.py --preset full        # the paper's task and model, four values of p
 
 Evidence: (1) the loss, beside that of the predictor (1 - z_n) x_n; (2) a linear probe that reads
-sin(b x_{n-i}) out of the residual stream, beside the same probe before training; (3) exchange what
-layer 1 wrote at one position, and see which later answers move. Task, model and probe: Wu, Morris,
-Levine (2024), arXiv 2404.00859, section 4.
+sin(b x_{n-i}) out of the residual stream, beside the same probe before training; (3) exchange the
+state after layer 1 at one position, and see which later answers move. Task, model and probe: Wu,
+Morris, Levine (2024), arXiv 2404.00859, section 4.
 
 Shapes as in myopic_gpt.py; also L = n_layer, and K lookbacks i = 0 .. K-1.
 """
@@ -56,20 +56,21 @@ class SineRun(mg.Run):
         mg.require(0.01 <= self.p <= 1, f"p is {self.p}: give a number from 0.01 to 1")
         mg.require(self.n_layer > 1, f"n_layer is {self.n_layer}: the task takes two layers")
         mg.require(self.a < self.block_size, f"a is {self.a}: make it less than block_size")
+        mg.require(min(self.b, self.b_start) > 0, "b and b_start: give numbers above 0")
         first = min(self.b_full, self.p_until)
         mg.require(self.b_hold < first, f"b_hold is {self.b_hold}: make it less than {first}")
         enough = self.eval_sequences >= 64
         mg.require(enough, f"eval_sequences is {self.eval_sequences}: give 64 or more")
         is_seed = self.seed < EVALUATION - TRAINING
         mg.require(is_seed, f"seed is {self.seed}: above 8,999 are the sequences of evaluation")
-        text_only = self.config(1).past == "frozen"
+        text_only = mg.arm_fields(self.arm)["past"] == "frozen"
         mg.require(not text_only, f"arm {self.arm} is for text: leave it out, or use myopic_gpt.py")
 
 
 TRAINING, EVALUATION = 1_000, 10_000  # random seeds: training draws from TRAINING + the run's seed
 LOOKBACKS = 16
 
-SMALL = SineRun(
+QUICK = SineRun(
     block_size=32,
     n_layer=2,
     n_head=2,
@@ -85,8 +86,8 @@ SMALL = SineRun(
     muon_decay=1.0,
     decay_from=0.65,
 )
-EASY = replace(
-    SMALL,
+DEMO = replace(
+    QUICK,
     a=3,
     b=4.0,
     x_wide=1.0,
@@ -96,12 +97,12 @@ EASY = replace(
     max_iters=300,
     eval_sequences=1024,
 )
-LARGE = replace(SMALL, block_size=64, n_embd=128, max_iters=6000, eval_sequences=8192)
-ARMS = ["vanilla", "myopic", "myopic_kv"]
+FULL = replace(QUICK, block_size=64, n_embd=128, max_iters=6000, eval_sequences=8192)
+THREE_ARMS = ["vanilla", "myopic", "myopic_kv"]
 PRESETS = {  # seconds: of a run, about, on one core
-    "demo": dict(run=EASY, arms=ARMS[:2], seeds=1, p=[1], seconds=5),
-    "quick": dict(run=SMALL, arms=ARMS, seeds=3, p=[1], seconds=45),
-    "full": dict(run=LARGE, arms=ARMS, seeds=3, p=[0.01, 0.1, 0.3, 1], seconds=540),
+    "demo": dict(run=DEMO, arms=THREE_ARMS[:2], seeds=1, p=[1], seconds=5),
+    "quick": dict(run=QUICK, arms=THREE_ARMS, seeds=3, p=[1], seconds=45),
+    "full": dict(run=FULL, arms=THREE_ARMS[:2], seeds=3, p=[0.01, 0.1, 0.3, 1], seconds=540),
 }
 # Huber / p of the paper's runs: one seed, a = b = 10 (at p = 1 its myopic model has 3 layers).
 PAPER = {
@@ -222,7 +223,7 @@ def fit_probe(states, targets, ridge=1e-3):
     return read
 
 
-def probe_model(model, run, b, count, device):
+def probe_model(model, run, count, device):
     """What a linear probe reads of sin(b x_{n-i}), held out and centred.
 
     -> R^2 [layer][lookback], layer 0 the embedding, l that after block l; then for layer 1 and the
@@ -233,8 +234,8 @@ def probe_model(model, run, b, count, device):
     test_states, test_past = probe_rows(model, test_x)
     r2, estimates = [], []
     for X, test_X in zip(states, test_states):
-        estimates.append(fit_probe(X, torch.sin(b * past))(test_X))  # (rows, K)
-        r2.append(r_squared(estimates[-1], torch.sin(b * test_past)).tolist())
+        estimates.append(fit_probe(X, torch.sin(run.b * past))(test_X))  # (rows, K)
+        r2.append(r_squared(estimates[-1], torch.sin(run.b * test_past)).tolist())
     return r2, test_past[:, 0].numpy(), estimates[1][:, 0].numpy()
 
 
@@ -280,7 +281,7 @@ def train_sine(run, device, report_progress):
     model = make_model(run).to(device)
     x, y = sample_task(run, run.eval_sequences, EVALUATION, device)
     batches = torch.Generator().manual_seed(TRAINING + run.seed)
-    r2_untrained, _, _ = probe_model(model, run, run.b, len(x), device)
+    r2_untrained, _, _ = probe_model(model, run, len(x), device)
     curve, film, shares = [], [], {}
     if run.arm == "vanilla":
         shares["start"] = mg.lag_shares(model, x[:128], y[:128])
@@ -290,20 +291,20 @@ def train_sine(run, device, report_progress):
         x, y = sample_batch(run.batch_size, run.block_size, p, run.a, b, batches, x_std)
         return x.to(device), y.to(device)
 
-    def after_step(step):  # measured on the task that training is at
+    def after_step(step):  # measured with the b and p that training is at, and x as ever
         if step % max(1, run.max_iters // 24) == 0 or step == run.max_iters:
             b, p, _ = curriculum(run, step)
             now = replace(run, b=b, p=p)
             part = sample_task(now, min(512, run.eval_sequences), EVALUATION, device)
             curve.append([step, huber_losses(model, *part, p)["ratio"]])
-            _, film_x, estimate = probe_model(model, now, b, 256, device)
+            _, film_x, estimate = probe_model(model, now, 256, device)
             film.append([film_x[:300], estimate[:300]])
 
     after_step(0)
     optimizers = mg.configure_optimizers(model, run)
     mg.train(model, optimizers, next_batch, run, report_progress, after_step)
     mg.require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
-    r2, _, _ = probe_model(model, run, run.b, len(x), device)
+    r2, _, _ = probe_model(model, run, len(x), device)
     numbers = huber_losses(model, x, y, run.p) | dict(
         probe_r2=r2,
         probe_r2_untrained=r2_untrained,
@@ -423,9 +424,9 @@ def plot_gradients(model, run, path):
         ax.set(title=mg.GLOSS.get(arm, arm), xlabel="position j")
     row[0].set_ylabel("loss at position i")
     j = run.block_size // 3
-    cliff = dict(xytext=(0.25, 0.9), textcoords="axes fraction", fontsize=8)
+    edge = dict(xytext=(0.25, 0.9), textcoords="axes fraction", fontsize=8)
     arrow = dict(arrowstyle="->")
-    row[0].annotate(f"cliff: {run.a} later", (j, j + run.a), arrowprops=arrow, **cliff)
+    row[0].annotate(f"last to need it: {run.a} later", (j, j + run.a), arrowprops=arrow, **edge)
     fig.colorbar(image, ax=list(row), label="gradient of loss i by the embedding at j")
     fig.suptitle("Which losses pull at position j: all later ones, near ones, its own")
     about_it = f"p = {run.p:g}, a = {run.a}, seed {run.seed}"
