@@ -200,22 +200,22 @@ class MyopicAttention(torch.autograd.Function):
         if ctx.horizon is not None:
             lse = log_sum_exp(q, k, out)
             dk_near, dv_near = near_gradients(G, q, k, v, out, lse, ctx.horizon)
-        dq, dk, dv = merge_heads(dq), merge_heads(dk), merge_heads(dv)  # (B, T, C)
-        dk_near, dv_near = merge_heads(dk_near), merge_heads(dv_near)  # (B, T, C)
+        every = [merge_heads(d).flatten(0, 1) for d in (dq, dk, dv, dk_near, dv_near)]
+        dq, dk, dv, dk_near, dv_near = every  # (B T, C)
 
         # the stop-gradient: a state of the past gets no loss but the near ones
         w_q, w_k, w_v = w.chunk(3)  # (C, C)
-        dx = dq @ w_q + dk_near @ w_k + dv_near @ w_v  # (B, T, C)
+        dx = (dq @ w_q).addmm_(dk_near, w_k).addmm_(dv_near, w_v)  # (B T, C)
 
         # the weights learn from every reader ("hidden"), or from the near ones ("kv")
         if ctx.cut == "kv":
             dk, dv = dk_near, dv_near
         rows = x.flatten(0, 1)  # (B T, C)
-        dw = torch.cat([d.flatten(0, 1).T @ rows for d in (dq, dk, dv)])  # (3C, C)
+        dw = torch.cat([dq.T @ rows, dk.T @ rows, dv.T @ rows])  # (3C, C)
         db = None
         if ctx.needs_input_grad[2]:
-            db = torch.cat([d.sum((0, 1)) for d in (dq, dk, dv)])  # (3C,)
-        return dx, dw, db, None, None, None
+            db = torch.cat([dq.sum(0), dk.sum(0), dv.sum(0)])  # (3C,)
+        return dx.view_as(x), dw, db, None, None, None
 
 
 def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
