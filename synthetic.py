@@ -357,7 +357,7 @@ def plot_evidence(found, path):
     left.set_title(f"Who learns it: {', '.join(ends)}", fontsize=10)
     left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
     draw_bars(right, probes, [0], xticks=[], ylabel="R² of the probe", ylim=(-0.02, 1))
-    right.set_title(f"sin({run.b:g}·x) in layer 1: not needed here, yet there", fontsize=10)
+    right.set_title(f"sin({run.b:g}·x) in layer 1, where no answer needs it", fontsize=10)
     caption = f"\nloss of the task that training is at: b rises from {run.b_start:g} to {run.b:g}"
     mg.save_figure(fig, path, about(found) + caption)
 
@@ -442,8 +442,14 @@ def plot_sizes(found, path):
     fig, ((left, right),) = mg.new_figure(2, width=5)
     mg.draw_sizes(left, gap, "myopia gap / trivial predictor's loss")
     mg.draw_sizes(right, probe, "R² of the probe, vanilla")
-    fig.suptitle("Where the task needs it, pre-caching grows with size")
-    mg.save_figure(fig, path, about(found))
+    ends = []
+    for size in (list(gap)[0], list(gap)[-1]):
+        share = 100 * np.array(gap[size])
+        ends.append(f"{mg.mean_sd(share, 0)} % at {size[0]}x{size[1]}")
+    fig.suptitle(f"Of the trivial predictor's loss, myopia costs {', '.join(ends)}", fontsize=11)
+    run = next(iter(found))
+    task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}"
+    mg.save_figure(fig, path, f"{task}; {mg.seeds_of(found)}; dots: seeds")
 
 
 def draw_film(found, films, path):
