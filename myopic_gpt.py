@@ -175,7 +175,7 @@ def near_gradients(G, q, k, v, out, lse, horizon):
 
 
 class MyopicAttention(torch.autograd.Function):
-    """Causal self-attention; on its edges no gradient goes further back than `horizon` positions."""
+    """Causal self-attention; on its edges a gradient goes back `horizon` positions at most."""
 
     @staticmethod
     def forward(ctx, x, w, b, n_head, horizon, cut):
