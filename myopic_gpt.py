@@ -189,8 +189,6 @@ class MyopicAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # under create_graph
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, q, k, v, out = ctx.saved_tensors
-        if out.grad_fn is None:  # a caller's hooks gave back copies, without their graph
-            q, k, v, out = attend(q, k, v)
         G = split_heads(dy, ctx.n_head)  # (B, nh, T, hs)
 
         # what every reader wants, and what the near ones want; the graph stays, for lse and for a
@@ -1055,8 +1053,9 @@ def read_runs(out_dir, run_class):
 
 def save_run(out_dir, run, record, arrays):
     """arrays: a dict, or None. The record's presence means done, so it comes last."""
+    path = run_path(out_dir, run, ".npz")
+    path.unlink(missing_ok=True)  # those of an earlier training do not stay beside a new record
     if arrays is not None:
-        path = run_path(out_dir, run, ".npz")
         try:
             write_whole(path, lambda part: np.savez_compressed(part, **arrays))
         except UsageError as error:
@@ -1272,7 +1271,7 @@ def exit_status(script):
 
 
 # ------------------------ what it costs
-def time_calls(calls, device, rounds=11):
+def time_calls(calls, device, rounds=21):
     """{name: call} -> a cell for each: its time over the first one's in the same round, in which
     every call is timed once, in any order: median (quartiles), median time."""
     seconds = {name: [] for name in calls}

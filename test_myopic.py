@@ -1,8 +1,10 @@
 """The tests: offline, on the CPU and whatever accelerator is present.   python -m pytest -q
 The hand-written backward is held against the definition executed literally: literal_gradient."""
 
+import copy
 import functools
 import gc
+import hashlib
 import io
 import itertools
 import math
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -82,65 +84,54 @@ def gradients(model, idx, targets):
 
 
 # ------------------------ the definition, literally
-def literal_losses(theta, config, idx, targets, owner, frozen=None):
-    """The loss at every position (T,), where position i computes with its own parameters theta[i].
+def literal_losses(copies, idx, targets, owner, frozen=None):
+    """The loss at every position (T,), where position i computes with its own copy of the model.
 
     owner: whose copy of W_K, W_V makes the key of writer j for reader i: the "reader"'s or the
     "writer"'s. frozen: per layer (B, T, C), what the ln_1 of the past gave, or None: their own."""
-    T, hs = idx.size(1), config.n_embd // config.n_head
-
-    def norm(x, mine, name):
-        return F.layer_norm(x, (config.n_embd,), mine[name + ".weight"], mine.get(name + ".bias"))
-
-    def linear(x, mine, name):
-        return F.linear(x, mine[name + ".weight"], mine.get(name + ".bias"))
-
+    T, config = idx.size(1), copies[0].config
+    hs = config.n_embd // config.n_head
     x = []
-    for i in range(T):
-        x.append(theta[i]["wte.weight"][idx[:, i]] + theta[i]["wpe.weight"][i])  # (B, C)
+    for i, model in enumerate(copies):
+        x.append(
+            model.transformer.wte.weight[idx[:, i]] + model.transformer.wpe.weight[i]
+        )  # (B, C)
     for layer in range(config.n_layer):
-        h = f"h.{layer}."
-        normed = [norm(x[i], theta[i], h + "ln_1") for i in range(T)]
-        for i in range(T):
+        blocks = [model.transformer.h[layer] for model in copies]
+        normed = [block.ln_1(x_i) for block, x_i in zip(blocks, x)]
+        for i, block in enumerate(blocks):
             keys, values = [], []
             for j in range(i + 1):
-                whose = theta[i] if owner == "reader" else theta[j]
+                whose = block if owner == "reader" else blocks[j]
                 seen = frozen[layer][:, j] if frozen is not None and j < i else normed[j]
-                _, k, v = linear(seen, whose, h + "attn.c_attn").chunk(3, dim=-1)
+                _, k, v = whose.attn.c_attn(seen).chunk(3, dim=-1)
                 keys.append(k.unflatten(-1, (-1, hs)))  # (B, nh, hs)
                 values.append(v.unflatten(-1, (-1, hs)))
-            q, _, _ = linear(normed[i], theta[i], h + "attn.c_attn").chunk(3, dim=-1)
+            q, _, _ = block.attn.c_attn(normed[i]).chunk(3, dim=-1)
             q = q.unflatten(-1, (-1, hs))
             scores = [(q * k).sum(-1, keepdim=True) / math.sqrt(hs) for k in keys]  # (B, nh, 1)
             weights = torch.stack(scores).softmax(0)  # (i + 1, B, nh, 1)
             mixed = (weights * torch.stack(values)).sum(0).flatten(1)  # (B, C)
-            x[i] = x[i] + linear(mixed, theta[i], h + "attn.c_proj")
-            hidden = F.gelu(linear(norm(x[i], theta[i], h + "ln_2"), theta[i], h + "mlp.c_fc"))
-            x[i] = x[i] + linear(hidden, theta[i], h + "mlp.c_proj")
+            x[i] = x[i] + block.attn.c_proj(mixed)
+            x[i] = x[i] + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x[i]))))
     losses = []
-    for i in range(T):
-        logits = norm(x[i], theta[i], "ln_f") @ theta[i]["wte.weight"].T  # (B, V)
+    for i, model in enumerate(copies):
+        logits = model.transformer.ln_f(x[i]) @ model.transformer.wte.weight.T  # (B, V)
         losses.append(F.cross_entropy(logits, targets[:, i]) / T)
     return losses
 
 
 def literal_gradient(model, idx, targets, which, owner, frozen=None):
-    """The gradient of the mean loss by the definition: the sum of d loss_i / d theta_j over all i
-    and j (which="all") or over i = j (which="diagonal"). Only the model's weights are used."""
-    T, theta = idx.size(1), []
-    for _ in range(T):  # a copy of all parameters for every position
-        copies = {}
-        for name, p in trained(model).items():
-            copies[name.removeprefix("transformer.")] = p.detach().clone().requires_grad_()
-        theta.append(copies)
-    losses = literal_losses(theta, model.config, idx, targets, owner, frozen)
+    """The gradient of the mean loss by the definition: the sum of d loss_i / d (copy j) over all i
+    and j (which="all") or over i = j (which="diagonal"). Of the model only its layers are used."""
+    T = idx.size(1)
+    copies = [copy.deepcopy(model) for _ in range(T)]
+    losses = literal_losses(copies, idx, targets, owner, frozen)
     total = {name: torch.zeros_like(p) for name, p in trained(model).items()}
-    for i in range(T):
-        for j in range(i + 1):
-            if which == "diagonal" and i != j:
-                continue
-            copies = list(theta[j].values())
-            grads = torch.autograd.grad(losses[i], copies, retain_graph=True, allow_unused=True)
+    for i, j in itertools.product(range(T), range(T)):
+        if which == "all" or i == j:
+            of_j = list(trained(copies[j]).values())
+            grads = torch.autograd.grad(losses[i], of_j, retain_graph=True, allow_unused=True)
             for name, grad in zip(total, grads):
                 if grad is not None:
                     total[name] += grad
@@ -223,91 +214,91 @@ def test_padded_log_sum_exp_and_large_scores():
     assert dk.isfinite().all() and torch.equal(dv, big)  # P is at most 1, however wrong lse is
 
 
-def test_lengths_and_batches_of_none():
-    for B, T in ((0, 3), (2, 0), (1, 1)):
-        x = torch.randn(B, T, 8, requires_grad=True)
-        w = torch.randn(24, 8, requires_grad=True)
-        for horizon in (None, 0, 2):
-            y = mg.myopic_attention(x, w, None, 2, horizon)
-            dx, dw = torch.autograd.grad(y.sum(), (x, w))
-            assert (y.shape, dx.shape, dw.shape) == (x.shape, x.shape, w.shape)
-        assert mg.two_stream_attention(x, None, w, None, 2).shape == x.shape
-
-
 @pytest.mark.parametrize("horizon", [None, 0])
 def test_it_holds_where_others_take_graphs_apart(horizon):
     leaves, dy = attention_inputs(9)
     call = functools.partial(mg.myopic_attention, n_head=3, horizon=horizon)
     true = attention_gradients(call, leaves, dy)
-    ways = {"save_on_cpu": call}
+
+    def copied(*leaves):  # as a caller's hooks give saved tensors back: without their graph
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+            return call(*leaves)
+
+    ways = dict(copied=copied)
     for reentrant in (True, False):
         ways[reentrant] = functools.partial(checkpoint, call, use_reentrant=reentrant)
     for backend in ("eager", "aot_eager"):
         torch._dynamo.reset()
         ways[backend] = torch.compile(call, backend=backend)
-    for name, way in ways.items():
-        context = (
-            torch.autograd.graph.save_on_cpu() if name == "save_on_cpu" else torch.enable_grad()
-        )
+    for way in ways.values():
         for t in leaves:
             t.grad = None
-        with context:
-            y = way(*leaves)
+        y = way(*leaves)
         y.backward(dy)
         got = dict(y=y.detach(), dx=leaves[0].grad, dw=leaves[1].grad, db=leaves[2].grad)
         assert_agree(got, true, 1e-12)
 
 
-def test_autocast_frozen_inputs_and_bad_shapes():
-    (x, w, b), dy = attention_inputs(9)
-    exact = attention_gradients(mg.myopic_attention, (x, w, b), dy, 3)
+def test_autocast_as_torchs_own():
+    leaves, dy = attention_inputs(9)
+    true = attention_gradients(mg.myopic_attention, leaves, dy, 3)
+    low = [t.detach().float().requires_grad_() for t in leaves]
     with torch.autocast("cpu", torch.bfloat16):
-        assert mg.myopic_attention(x, w, b, 3).dtype == torch.float64  # as torch's own
-        low = [t.detach().float().requires_grad_() for t in (x, w, b)]
+        assert mg.myopic_attention(*leaves, 3).dtype == torch.float64
         y = mg.myopic_attention(*low, 3)
-    grads = torch.autograd.grad(y, low, dy.bfloat16())
-    assert y.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
-    assert_agree(
-        dict(zip(("dx", "dw", "db"), grads)), {n: exact[n] for n in ("dx", "dw", "db")}, 0.03
-    )
-    (dx,) = torch.autograd.grad(mg.myopic_attention(x, w.detach(), b.detach(), 3), x, dy)
-    (dw,) = torch.autograd.grad(mg.myopic_attention(x.detach(), w, b.detach(), 3), w, dy)
-    assert torch.equal(dx, exact["dx"]) and torch.equal(dw, exact["dw"])
-    for bad in ((x[0], w, b, 3), (x, w[:36], b, 3), (x, w, b, 5), (x, w, b, 0), (x, w, b, 3, 1.5)):
+    assert y.dtype == torch.bfloat16
+    dx, dw, db = torch.autograd.grad(y, low, dy.bfloat16())
+    assert {t.dtype for t in (dx, dw, db)} == {torch.float32}
+    assert_agree(dict(y=y.detach(), dx=dx, dw=dw, db=db), true, 0.03)
+
+
+def test_bad_shapes_and_settings_are_refused():
+    (x, w, b), _ = attention_inputs(9)
+    bad = [(x[0], w, b, 3), (x, w[:36], b, 3), (x, w, b, 5), (x, w, b, 0), (x, w, b, 3, 1.5)]
+    for arguments in [*bad, (x, w, b, 3, 0, "k")]:
         with pytest.raises(mg.UsageError):
-            mg.myopic_attention(*bad)
-    with pytest.raises(mg.UsageError, match="cut is 'k'"):
-        mg.myopic_attention(x, w, b, 3, 0, "k")
+            mg.myopic_attention(*arguments)
 
 
-def test_nothing_is_mutated_kept_or_differentiated_twice(monkeypatch):
-    made, attend = [], mg.attend
+def test_nothing_is_mutated_and_no_matrix_of_all_pairs_is_kept():
+    leaves, dy = attention_inputs(9)
+    y = mg.myopic_attention(*leaves, 3)
+    *_, out = saved = y.grad_fn.saved_tensors
+    tensors = [*saved, out.grad_fn._saved_logsumexp, *leaves, dy]
+    assert all(t.shape.count(9) < 2 for t in tensors)  # none is (T, T)
+    before = [t.detach().clone() for t in tensors]
+    for _ in range(2):
+        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert all(torch.equal(t, old) for t, old in zip(tensors, before))
+
+
+def test_it_is_not_differentiated_twice():
+    leaves, dy = attention_inputs(9)
+    y = mg.myopic_attention(*leaves, 3)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), leaves, create_graph=True)
+    torch.autograd.grad(y, leaves, dy)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, dy)
+
+
+def test_what_it_keeps_is_freed_by_the_backward_pass(monkeypatch):
+    kept, attend = [], mg.attend
 
     def spy(*qkv):
         tensors = attend(*qkv)
-        made.extend(weakref.ref(t) for t in tensors)
+        kept.extend(weakref.ref(t) for t in tensors)
         return tensors
 
     monkeypatch.setattr(mg, "attend", spy)
     leaves, dy = attention_inputs(9)
     y = mg.myopic_attention(*leaves, 3)
-    saved = [*y.grad_fn.saved_tensors, y.grad_fn.saved_tensors[-1].grad_fn._saved_logsumexp]
-    assert all(t.shape.count(9) < 2 for t in saved)  # no (T, T) matrix is kept
-    copies = [t.detach().clone() for t in (*saved, *leaves, dy)]
-    for _ in range(2):
-        torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip((*saved, *leaves, dy), copies))
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(y.sum(), leaves, create_graph=True)
-    del saved
     gc.collect()
-    assert all(ref() is not None for ref in made)
+    assert all(ref() is not None for ref in kept)
     gc.disable()  # freed at once, by counting references: there is no cycle
     torch.autograd.grad(y, leaves, dy)
-    assert all(ref() is None for ref in made) and y is not None
+    assert all(ref() is None for ref in kept)
     gc.enable()
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(y, leaves, dy)
 
 
 # ------------------------ facts about the idea
@@ -331,11 +322,12 @@ def test_nanogpt_weights_load_and_one_line_makes_its_attention_myopic():
 
 
 def test_two_streams_with_a_detached_past_are_myopic():
+    def two_streams(x, w, b):
+        return mg.two_stream_attention(x, x.detach(), w, b, 3)
+
     leaves, dy = attention_inputs(9)
-    two = attention_gradients(
-        lambda x, w, b: mg.two_stream_attention(x, x.detach(), w, b, 3), leaves, dy
-    )
-    assert_agree(attention_gradients(mg.myopic_attention, leaves, dy, 3), two)
+    true = attention_gradients(two_streams, leaves, dy)
+    assert_agree(attention_gradients(mg.myopic_attention, leaves, dy, 3), true)
 
 
 def test_bigram_and_local_myopic():
@@ -345,6 +337,9 @@ def test_bigram_and_local_myopic():
     assert torch.equal(bigram(idx)[0][:, 4:], bigram(other)[0][:, 4:])
     local = make_gpt(teacher=teacher, **mg.ARMS["local_myopic"]).train()
     assert all(not p.requires_grad for p in teacher.parameters())
+    dropping = make_gpt(teacher=make_gpt(), dropout=0.5, **mg.ARMS["local_myopic"])
+    first, again = (dropping.hidden_states(idx)[0] for _ in "ab")
+    assert not torch.equal(first, again)  # its own states do drop out
     before = local(idx)[0][:, 4:]
     assert torch.equal(local(idx)[0][:, 4:], before)  # the teacher does not drop out
     frozen, states = [], teacher.eval().hidden_states(idx)
@@ -398,6 +393,16 @@ def test_every_parameter_has_one_optimizer_and_one_decay(muon, n):
     assert dict(found) == true and len(found) == len(true)
 
 
+def test_muon_moves_a_matrix_as_far_as_adamw_would():
+    model = make_gpt(torch.float32, n_embd=64)
+    _, muon = mg.configure_optimizers(model, mg.TextRun(muon_decay=0, muon_rate=0.1))
+    matrix = model.transformer.h[0].mlp.c_fc.weight
+    before = matrix.detach().clone()
+    matrix.grad = torch.randn_like(matrix)
+    muon.step()
+    assert (matrix - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.1, rel=0.2)
+
+
 def test_rates_and_start_values():
     run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, learning_rate=0.2, muon_rate=0.4)
     model, seen = make_gpt(torch.float32), []
@@ -436,32 +441,69 @@ def test_the_gradient_is_clipped():
     before = [p.detach().clone() for p in model.parameters()]
     plain = torch.optim.SGD(model.parameters(), 1.0)
     mg.train(model, [plain], lambda step: batch(6), run, nothing)
+    assert all(p.grad is None for p in model.parameters())  # nothing is left for the next step
     moved = [(p - old).flatten() for p, old in zip(model.parameters(), before)]
     assert torch.cat(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_text_is_split_between_paragraphs_and_evaluated_in_chunks(tmp_path):
+def test_text_is_split_between_paragraphs(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("\ufeff" + "the cat, the dög.\n\n" * 200, encoding="utf-8")
     train, held_out = (part.decode() for part in mg.load_text([file], 8))
     assert train == "the cat, the dög.\n\n" * 180 + "the cat, the dög."
     assert held_out == "\n\nthe cat, the dög." * 19 + "\n\n"
-    default = (part.split(b"\n\n") for part in mg.load_text([], 64))
-    train, held_out = (set(paragraphs) - {b""} for paragraphs in default)
-    assert len(train) > 5000 and len(held_out) > 500 and train.isdisjoint(held_out)
+
+
+def test_english_is_each_paragraph_once_and_its_documents_are_ordered_by_digest(
+    tmp_path, monkeypatch
+):
+    train, held_out = (set(part.split(b"\n\n")) for part in mg.load_text([], 64))
+    assert len(train) > 5000 and len(held_out) > 500 and train & held_out <= {b""}
+    (tmp_path / "module.py").write_text('"""one"""\ndef f():\n    """two\n\n    one"""')
+    monkeypatch.setattr(mg.ast, "__file__", str(tmp_path / "ast.py"))
+    monkeypatch.setattr(mg, "topics", dict(a="three", b="four", c="five", d="six"))
+    documents = ["one", "two\n\none", "three", "four", "five", "six"]
+    documents.sort(key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    paragraphs = "\n\n".join(documents).split("\n\n")
+    assert mg.python_english().split("\n\n") == list(dict.fromkeys(paragraphs))
+
+
+def test_losses_of_tokens_are_evenly_spaced_in_order_and_without_dropout():
     model, rows = make_gpt(dropout=0.5).train(), torch.arange(5000).remainder(11).unfold(0, 9, 1)
-    (first, y), (second, _) = (mg.token_losses(model, rows, 4000) for _ in "ab")
-    assert torch.equal(first, second) and first.shape == (4000, 8)
+    losses, y = mg.token_losses(model, rows, 4000)  # in three chunks
+    assert not model.training and losses.shape == y.shape == (4000, 8)
     assert y[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and y[-1, -1] == 4999 % 11
-    true = F.cross_entropy(model(rows[:1, :-1])[0][0], rows[0, 1:], reduction="none")
-    assert relative_error(first[0], true) < 1e-6
+    logits, _ = model(torch.cat([(y[:, :1] - 1) % 11, y[:, :-1]], dim=1))
+    assert relative_error(losses, F.cross_entropy(logits.mT, y, reduction="none")) < 1e-6
+
+
+def test_the_numbers_of_a_record_are_of_the_right_text(monkeypatch):
+    def losses_are_bytes(model, windows, count):
+        y = windows[:count, 1:].long()
+        return y.double(), y
+
+    monkeypatch.setattr(mg, "token_losses", losses_are_bytes)
+    monkeypatch.setattr(mg, "lag_shares", Mock(side_effect=["before", "after"]))
+    settings = dict(block_size=3, max_iters=2, learning_rate=0, wave_std=0.5, dropout=0.5)
+    run = mg.TextRun(eval_windows=1, **settings)
+    model, numbers, _ = mg.train_text((b"d" * 40, b"9 ab" * 10), run, "cpu", nothing)
+    a, b, d = b"abd"
+    mean = pytest.approx((32 + a + b) / 3)
+    assert numbers["train_loss"] == d and numbers["val_loss"] == mean
+    assert numbers["curve"] == [[1, d, mean], [2, d, mean]]
+    assert numbers["loss_by_position"] == [32, a, b]
+    assert numbers["loss_by_letter"] == [a, b, *[None] * 6]
+    assert numbers["sample"].startswith("9 ab")
+    assert numbers["lag_share"] == dict(start="before", end="after")
+    assert model.transformer.drop.p == 0.5
+    assert model.transformer.wpe.weight[0, 1].item() == pytest.approx(math.sqrt(2) * 0.5)
 
 
 def test_letters_are_counted_from_where_their_word_begins():
     text = b"ds: Two words, a7b"
     y = torch.tensor([list(text)])
     counted = [0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0, 1, 0, 1]
-    assert mg.letter_places(y).clamp(min=0)[0].tolist() == counted
+    assert mg.letter_places(y)[0].tolist() == counted
 
 
 # ------------------------ runs and their files
@@ -483,8 +525,17 @@ def test_a_run_refuses_bad_values_and_equal_runs_have_one_name():
         mg.GPTConfig(1, 1, 1, 1, 1, past="no_such")
     assert replace(synthetic.QUICK, p=1).name() == synthetic.QUICK.name()
     assert mg.TextRun().name() == "text-vanilla-seed0-44136fa3"  # it must never change
-    names = {mg.TextRun(seed=seed, recipe=n).name() for seed in (0, 1) for n in (1, 2)}
-    assert len(names) == 4
+
+
+def test_every_field_changes_the_name_of_a_run():
+    others = dict(arm="myopic", muon="attn", dtype="bfloat16", data_sha256="x")
+    for f in fields(mg.TextRun):
+        if f.type is int:
+            others[f.name] = 2 * f.default or 1
+        elif f.type is float:
+            others[f.name] = f.default / 2 or 0.5
+    names = {replace(mg.TextRun(), **{name: value}).name() for name, value in others.items()}
+    assert len(names | {mg.TextRun().name()}) == len(fields(mg.TextRun)) + 1
 
 
 def test_a_new_field_loses_no_record_and_a_changed_default_does(tmp_path):
@@ -498,7 +549,7 @@ def test_a_new_field_loses_no_record_and_a_changed_default_does(tmp_path):
 
     (tmp_path / "runs").mkdir()
     run = mg.TextRun(seed=3)
-    mg.save_run(tmp_path, run, dict(vars(run)) | dict(val_loss=1.5), None)
+    mg.save_run(tmp_path, run, asdict(run), None)
     for kind, is_found in ((mg.TextRun, True), (Newer, True), (Changed, False)):
         assert kind(seed=3).name() == run.name()
         assert (kind(seed=3) in mg.read_runs(tmp_path, kind)) == is_found
@@ -517,21 +568,27 @@ def test_a_file_is_whole_or_not_there_and_a_full_disk_costs_the_arrays_alone(tmp
     with pytest.raises(mg.UsageError, match="No space left"):
         mg.write_whole(tmp_path / "figure", fail)
     monkeypatch.setattr(np, "savez_compressed", fail)
-    mg.save_run(tmp_path, mg.TextRun(), dict(vars(mg.TextRun())), dict(a=np.zeros(2)))
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [
-        mg.run_path(tmp_path, mg.TextRun()).name
-    ]
+    run = mg.TextRun()
+    mg.save_run(tmp_path, run, asdict(run), dict(a=np.zeros(2)))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [mg.run_path(tmp_path, run)]
+    written = Mock()
+    monkeypatch.setattr(mg, "write_whole", written)
+    mg.save_run(tmp_path, run, asdict(run), dict(a=np.zeros(2)))  # a record says: all is there
+    assert [c.args[0].suffix for c in written.call_args_list] == [".npz", ".json"]
 
 
 def test_weights_are_kept_whatever_their_size(tmp_path):
     run = mg.TextRun(n_embd=300, n_layer=1)
     model = mg.GPT(run.config(256))
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
     _, arrays = mg.train_one_run(lambda *_: (model, {}, {}), run, "cpu", nothing)
     (tmp_path / "runs").mkdir()
-    mg.save_run(tmp_path, run, dict(vars(run)), arrays)
+    mg.save_run(tmp_path, run, asdict(run), arrays)
     again = mg.load_weights(mg.GPT(run.config(256)), mg.read_arrays(tmp_path, run))
     assert_agree(trained(again), trained(model), 1e-3)
-    assert mg.read_arrays(tmp_path, mg.TextRun()) is None
+    assert not again.training and mg.read_arrays(tmp_path, mg.TextRun()) is None
 
 
 # ------------------------ the command
@@ -555,47 +612,70 @@ def call(tmp_path, words, out="OUT"):
     return {(run.arm, run.seed): record | dict(seconds=0) for run, record in found.items()}
 
 
-def test_arms_share_start_and_batches_and_jobs_change_nothing(tmp_path, monkeypatch):
-    starts, batches, ends, train = [], [], [], mg.train
+def watch_training(monkeypatch):
+    """-> a list that gets a model's start, batches, end and threads, whenever one is trained."""
+    watched, train = [], mg.train
 
     def spy(model, optimizers, next_batch, run, report_progress, after_step):
-        starts.append({n: p.clone() for n, p in trained(model).items()})
-        batches.append([])
+        start = {name: p.clone() for name, p in trained(model).items()}
+        batches = []
 
-        def recorded(step):
-            batches[-1].append(next_batch(step))
-            return batches[-1][-1]
+        def remember(step):
+            batches.append(next_batch(step))
+            return batches[-1]
 
-        train(model, optimizers, recorded, run, report_progress, after_step)
-        ends.append(trained(model))
-        assert torch.get_num_threads() == 1
+        train(model, optimizers, remember, run, report_progress, after_step)
+        seen = dict(start=start, batches=batches, end=trained(model))
+        watched.append(SimpleNamespace(**seen, threads=torch.get_num_threads()))
 
-    arms = ["vanilla", "horizon_1", "bigram", "local_myopic"]
     monkeypatch.setattr(mg, "train", spy)
-    torch.set_num_threads(2)  # a run takes one all the same
-    records = call(tmp_path, "--arms " + " ".join(arms))
-    assert [arm for arm, _ in records] == sorted(arms)
-    assert len({record["val_loss"] for record in records.values()}) == 4
-    for start, batch_list in zip(starts, batches):
-        assert_agree(start, starts[0], 0)
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(batch_list, batches[0]))
-    assert_agree(ends[3], ends[0], 0)  # local_myopic trains its teacher first: vanilla
-    assert call(tmp_path, "--arms " + " ".join(arms)) == records and len(starts) == 5
-    assert call(tmp_path, "--arms bigram --fresh") == records and len(starts) == 6
-    assert call(tmp_path, f"--arms {' '.join(arms)} --jobs 2", "TWO") == records
-    call(tmp_path, "--arms bigram --seed 1")
-    assert not torch.equal(batches[-1][0][0], batches[0][0][0])  # another seed, other batches
+    return watched
 
-    x, y = batches[0][0]
+
+FOUR = "--arms vanilla horizon_1 bigram local_myopic"
+
+
+def test_arms_share_start_and_batches_and_seeds_share_none(tmp_path, monkeypatch):
+    models = watch_training(monkeypatch)
+    torch.set_num_threads(2)  # a run takes one all the same
+    records = call(tmp_path, FOUR)
+    vanilla, _, _, teacher, _ = models  # local_myopic trains its teacher first
+    assert_agree(teacher.end, vanilla.end, 0)
+    for model in models:
+        assert model.threads == 1
+        assert_agree(model.start, vanilla.start, 0)
+        for (x, y), (vanilla_x, vanilla_y) in zip(model.batches, vanilla.batches):
+            assert torch.equal(x, vanilla_x) and torch.equal(y, vanilla_y)
+    assert len({record["val_loss"] for record in records.values()}) == 4
+    assert len({record["n_params"] for record in records.values()}) == 1
+
     text = (tmp_path / "DATA").read_bytes()
+    cut = len(text) * 9 // 10
+    x, y = vanilla.batches[0]
     assert torch.equal(x[:, 1:], y[:, :-1])
-    assert all(bytes(row.tolist()) in text[: len(text) * 9 // 10] for row in x)
+    assert all(bytes(row.tolist()) in text[:cut] for row in x)
     for record in records.values():
         assert record["curve"][-1] == [4, record["train_loss"], record["val_loss"]]
-    arrays = mg.read_arrays(
-        tmp_path / "OUT", next(iter(mg.read_runs(tmp_path / "OUT", mg.TextRun)))
-    )
-    assert arrays["y"][0].tobytes() == text[len(text) * 9 // 10 :][1:9]
+        assert record["data_sha256"] == hashlib.sha256(b"%d " % cut + text).hexdigest()
+    run = mg.TextRun(**{f.name: records["vanilla", 0][f.name] for f in fields(mg.TextRun)})
+    assert mg.read_arrays(tmp_path / "OUT", run)["y"][0].tobytes() == text[cut:][1:9]
+
+    call(tmp_path, "--arms vanilla --seed 1")
+    assert not torch.equal(models[-1].batches[0][0], x)
+    wte = "transformer.wte.weight"
+    assert relative_error(models[-1].start[wte], vanilla.start[wte]) > 1
+
+
+def test_a_run_is_the_same_whenever_it_is_trained_and_trained_once(tmp_path, monkeypatch):
+    models = watch_training(monkeypatch)
+    records = call(tmp_path, FOUR)
+    assert call(tmp_path, FOUR) == records and len(models) == 5
+    assert call(tmp_path, "--arms bigram --fresh") == records and len(models) == 6
+    assert call(tmp_path, FOUR + " --jobs 2", "TWO") == records
+    monkeypatch.setattr(mg, "report", Mock())
+    call(tmp_path, "--arms local_myopic bigram")
+    found, _ = mg.report.call_args[0]  # the runs asked for, in that order
+    assert [run.arm for run in found] == ["local_myopic", "bigram"]
 
 
 def test_only_the_runs_asked_for_are_drawn_and_what_cannot_be_is_said(
@@ -603,7 +683,7 @@ def test_only_the_runs_asked_for_are_drawn_and_what_cannot_be_is_said(
 ):
     call(tmp_path, "--arms vanilla myopic --seeds 2")
     figure = tmp_path / "OUT" / "text_gaps.png"
-    for encoding in ("cp1252", "cp932"):
+    for encoding in ("cp1252", "cp932"):  # consoles that lack some letters
         figure.unlink()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
         call(tmp_path, "--arms vanilla myopic bigram --plot_only")  # bigram is not recorded
@@ -611,17 +691,14 @@ def test_only_the_runs_asked_for_are_drawn_and_what_cannot_be_is_said(
     monkeypatch.undo()
     call(tmp_path, "--arms myopic --plot_only")
     assert not figure.exists() and "no text_gaps.png: " in capsys.readouterr().out
+    assert len(mg.read_runs(tmp_path / "OUT", mg.TextRun)) == 4  # nothing was trained
 
 
-def test_sizes_are_swept_and_drawn(tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr(mg, "draw_sizes", lambda ax, values, ylabel: lines.append(values))
+def test_sizes_are_swept_and_drawn(tmp_path):
     call(tmp_path, "--arms vanilla myopic --sizes 1x16 2x16 1x32")
-    shapes = {
-        (run.n_layer, run.n_embd, run.n_head) for run in mg.read_runs(tmp_path / "OUT", mg.TextRun)
-    }
+    runs = mg.read_runs(tmp_path / "OUT", mg.TextRun)
+    shapes = {(run.n_layer, run.n_embd, run.n_head) for run in runs}
     assert shapes == {(1, 16, 1), (2, 16, 1), (1, 32, 2)}
-    assert [size[:2] for size in lines[0]] == [(1, 16), (2, 16), (1, 32)]
     assert (tmp_path / "OUT" / "text_size.png").exists()
 
 
@@ -679,42 +756,82 @@ def test_a_worker_killed_for_its_memory_is_one_line_and_status_1(capsys):
 
 
 # ------------------------ tables and figures say what the records say
-def make_records(losses, **more):
+@pytest.fixture
+def shown(monkeypatch):
+    """{file name: figure that would be saved}, and under "table" the rows that would be printed."""
+    shown = {}
+    monkeypatch.setattr(mg, "save_figure", lambda fig, path, _: shown.update({path.name: fig}))
+    monkeypatch.setattr(
+        mg, "print_table", lambda _, header, rows, caption: shown.update(table=rows)
+    )
+    return shown
+
+
+def title(fig):
+    return fig._suptitle.get_text()
+
+
+def heights(ax):
+    """Of every line of a plot, at each of its points."""
+    return [[float(y) for y in line.get_ydata()] for line in ax.lines]
+
+
+def make_records(losses, n_embd=96, n_params=7, **more):
     """{arm: {seed: loss}} -> {run: record}"""
     found = {}
     for arm, by_seed in losses.items():
         for seed, loss in by_seed.items():
             curve = [[0, 9, 0], [4, 9, loss]]  # step, training loss, validation loss
-            record = dict(val_loss=loss, train_loss=9, n_params=7, sample="so", curve=curve)
-            run = mg.TextRun(arm=arm, seed=seed, block_size=4)
-            found[run] = record | dict(loss_by_position=[loss, loss, loss, 3 * loss]) | more
+            record = dict(val_loss=loss, train_loss=9, n_params=n_params, sample="so", curve=curve)
+            run = mg.TextRun(arm=arm, seed=seed, block_size=4, n_embd=n_embd)
+            found[run] = record | dict(loss_by_position=[0, loss, loss, 3 * loss]) | more
     return found
 
 
 def test_gaps_and_shares_are_paired_by_seed():
-    found = make_records(dict(vanilla={1: 2, 0: 1}, myopic={0: 1.5, 2: 7}, bigram={0: 2, 1: 2.05}))
+    found = make_records(dict(vanilla={1: 2, 0: 1}, myopic={0: 1.5, 2: 7}, bigram={1: 2.05, 0: 2}))
     assert mg.gaps(found, "myopic") == {0: 0.5}
     assert mg.shares_of_bigram(found, "myopic") == [50]
     assert mg.shares_of_bigram(found, "bigram") == [100]  # seed 1's bigram is worth 0.05: noise
     assert mg.mean_sd([1, 2, 3]) == "2.000 ± 1.000" and mg.mean_sd([0.5]) == "0.500"
     assert mg.mean_sd([]) == "-"
+    assert mg.seeds_of(found) == "mean and standard deviation of 3 seeds"
 
 
-def test_gaps_are_drawn_as_they_are(tmp_path, monkeypatch):
-    drawn, draw = [], mg.draw_arms
-
-    def spy(ax, x, lines, **labels):
-        drawn.append((list(x), {arm: np.array(runs).tolist() for arm, runs in lines.items()}))
-        draw(ax, x, lines, **labels)
-
-    monkeypatch.setattr(mg, "draw_arms", spy)
+def test_gaps_are_drawn_as_they_are(shown):
     found = make_records(dict(vanilla={0: 1, 1: 1}, myopic={0: 2, 1: 4}, bigram={0: 4, 1: 4}))
-    mg.plot_gaps(found, tmp_path / "figure.png", "")
-    training, position = drawn
-    assert training == ([0, 4], dict(myopic=[[0, 1], [0, 3]], bigram=[[0, 3], [0, 3]]))
-    assert position[0] == [0, 1, 2]  # positions 0, 1, and 2 and 3
-    assert position[1]["myopic"] == [[1, 1, 2], [3, 3, 6]]
-    assert (tmp_path / "figure.png").exists()
+    mg.plot_gaps(found, Path("gaps.png"), "")
+    left, right = shown["gaps.png"].axes
+    assert "myopic 2.00 ± 1.41, bigram 3.00 ± 0.00 nats" in title(shown["gaps.png"])
+    assert heights(left) == [[0, 2], [0, 3]] and left.lines[0].get_xdata().tolist() == [0, 4]
+    low, high = left.collections[0].get_paths()[0].get_extents().intervaly
+    assert (low, high) == pytest.approx((0, 2 + math.sqrt(2)))  # mean + standard deviation
+    # positions 0 (where context is worth nothing), 1, and 2 and 3
+    myopic, bigram = heights(right)
+    assert math.isnan(myopic[0]) and myopic[1:] == [2, 4] and bigram[1:] == [3, 6]
+
+
+def test_the_report_of_english(shown, tmp_path, monkeypatch):
+    monkeypatch.setattr(mg, "plot_lags", nothing)
+    large = make_records(dict(vanilla={0: 1, 1: 1}, myopic={0: 2, 1: 4}, bigram={0: 5, 1: 5}))
+    small = make_records(dict(vanilla={0: 3}, myopic={0: 4}, bigram={0: 5}), 48, 3)
+    mg.report(large | small, SimpleNamespace(out_dir=tmp_path))
+    vanilla, myopic, _, _, of_large, _ = shown["table"]
+    assert vanilla == ["3x48", "3", "vanilla", "3.000", "9.000", "0.000", "0.0", "so"]
+    assert myopic == ["3x48", "3", "myopic", "4.000", "9.000", "1.000", "50.0", "so"]
+    numbers = ["3.000 ± 1.414", "9.000 ± 0.000", "2.000 ± 1.414", "50.0 ± 35.4"]
+    assert of_large == ["3x96", "7", "myopic", *numbers, "so"]
+    assert "myopic 2.00 ± 1.41" in title(shown["text_gaps.png"])  # of the largest
+    in_nats, in_share = shown["text_size.png"].axes
+    assert [1, 2] in heights(in_nats) and [50, 50] in heights(in_share)
+
+
+def test_a_line_of_sizes_joins_models_that_differ_in_one_thing():
+    _, ((ax,),) = mg.new_figure()
+    mg.draw_sizes(ax, {(2, 16, 10): [1], (1, 32, 15): [5], (2, 32, 20): [2, 4]}, "")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines["width (2 layers)"] == [[10, 1], [20, 3]]
+    assert lines["depth (32 channels)"] == [[15, 5], [20, 3]]
 
 
 def test_the_table_shows_no_control_letter_and_cuts_no_number(tmp_path, monkeypatch, capsys):
@@ -739,11 +856,6 @@ def test_a_users_settings_of_matplotlib_have_no_say(tmp_path, monkeypatch):
     assert (tmp_path / "OUT" / "text_gaps.png").exists() and matplotlib.rcParams["text.usetex"]
 
 
-def test_horizons_look_different():
-    looks = {mg.look(f"horizon_{h}") for h in (1, 2, 4, 9, 10, 16)}
-    assert len(looks) == 6 and mg.look("myopic") == mg.LOOKS["myopic"]
-
-
 def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeypatch, capsys):
     def once(calls, device):
         for call in calls.values():
@@ -754,13 +866,16 @@ def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeyp
     monkeypatch.setattr(mg, "time_calls", once)
     monkeypatch.setattr(mg, "myopic_attention", attention)
     monkeypatch.setattr(mg, "two_stream_attention", two_streams)
+    monkeypatch.setattr(mg, "near_gradients", Mock(wraps=mg.near_gradients))
     mg.main(tiny(tmp_path, "--bench"))
     horizons = [c.kwargs["horizon"] for c in attention.call_args_list if "horizon" in c.kwargs]
     assert horizons == [None, 0] * 3
     assert [c.args[4] for c in attention.call_args_list if len(c.args) > 4] == [None, 0]  # steps
+    assert mg.near_gradients.call_count == 4  # backward, too, three times myopic and one step
     for c in two_streams.call_args_list:
         x, past_x = c.args[:2]
-        assert x.requires_grad and not past_x.requires_grad and torch.equal(x, past_x)
+        is_live = x.requires_grad, past_x.requires_grad
+        assert is_live == (True, False) and torch.equal(x, past_x)
     monkeypatch.undo()
     cells = mg.time_calls(
         {"slow": lambda: sum(range(20000)), "fast": lambda: None}, "cpu", rounds=3
@@ -769,7 +884,7 @@ def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeyp
 
 
 # ------------------------ the sine task
-def test_sample_batch_is_the_definition_and_the_curriculum_ends_on_it():
+def test_sample_batch_is_the_definition():
     a, b, T = 3, 4.0, 9
     xs, ys = synthetic.sample_batch(5, T, 0.5, a, b, torch.Generator().manual_seed(0))
     for s, n in itertools.product(range(5), range(T)):
@@ -778,9 +893,21 @@ def test_sample_batch_is_the_definition_and_the_curriculum_ends_on_it():
         assert z in (0, 1) and abs(ys[s, n].item() - (z * past + (1 - z) * x[n].item())) < 1e-5
     x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
     assert abs(x[..., 1].mean() - 0.3) < 0.01 and abs(x[..., 0].std() - 1) < 0.01
-    losses = synthetic.huber_losses(lambda x: (torch.zeros(x.shape[:2]), None), x, y, 0.3)
-    assert losses["trivial_over_p"] == pytest.approx(1.2569, abs=0.03)  # the paper's
-    assert losses["ratio"] * 0.3 * losses["trivial_over_p"] == pytest.approx(F.huber_loss(y * 0, y))
+
+
+def test_losses_are_huber_over_p_and_beside_the_trivial_predictors():
+    x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
+
+    def trivial(x):
+        return (1 - x[..., 1]) * x[..., 0], None
+
+    losses = synthetic.huber_losses(trivial, x, y, 0.3)
+    assert losses["ratio"] == pytest.approx(1)
+    assert losses["huber_over_p"] == pytest.approx(1.2569, abs=0.03)  # the paper's
+    assert losses["trivial_over_p"] == pytest.approx(1.2569, abs=0.03)
+
+
+def test_the_curriculum_ends_on_the_task():
     run = replace(synthetic.QUICK, max_iters=100, p=0.25, p_until=0.85)
     assert synthetic.curriculum(run, 0) == (2.0, 1.0, 1.5)
     assert synthetic.curriculum(run, 40) == pytest.approx((6.0, 0.25 ** (25 / 70), 1.5))
@@ -798,47 +925,64 @@ def test_r_squared_is_centred_and_the_probe_is_held_out():
     torch.manual_seed(0)
     r2, _, _ = synthetic.probe_model(noise, run, 32, "cpu")
     assert np.max(r2) < 0
-    knows = Mock()  # its layer 1 holds the sine of x two positions back, and nothing else
-    knows.hidden_states = lambda x: [x * 0, F.pad(torch.sin(4 * x), (0, 0, 2, 0))[:, :-2]]
+    knows = Mock()  # its layer 1 holds the sines of x and of x two positions back, nothing else
+
+    def hidden_states(x):
+        sines = torch.sin(4 * x[..., :1])  # (B, T, 1)
+        two_back = F.pad(sines, (0, 0, 2, 0))[:, :-2]
+        return [0 * x, torch.cat([sines, two_back], -1), 0 * x]
+
+    knows.hidden_states = hidden_states
     r2, x, estimate = synthetic.probe_model(knows, run, 600, "cpu")
-    assert r2[1] == pytest.approx([0, 0, 1, 0, 0, 0], abs=0.02) and len(x) == len(estimate)
-    assert max(np.abs(r2[0])) < 0.02
+    assert r2[1] == pytest.approx([1, 0, 1, 0, 0, 0], abs=0.02)
+    assert max(np.abs(r2[0] + r2[2])) < 0.02
+    assert estimate == pytest.approx(np.sin(4 * x), abs=0.02)
 
 
 def test_patch_measures_cause_and_effect():
     run = replace(synthetic.QUICK, block_size=40, a=5, b=3.0, p=0.5)
     model = Mock()  # its layer 1 holds the sine; where z = 1, its answer is half the sum due
-    model.hidden_states = lambda x: [x, torch.stack([torch.sin(run.b * x[..., 0]), x[..., 1]], -1)]
+
+    def hidden_states(x):
+        layer_1 = torch.stack([torch.sin(run.b * x[..., 0]), x[..., 1]], -1)
+        return [0 * layer_1, layer_1, 0 * layer_1]
 
     def answer(state, blocks_done):
+        assert blocks_done == 1
         return F.pad(state[..., 0], (5, 0))[:, :-1].unfold(1, 5, 1).sum(-1) / 2 * state[..., 1]
 
-    model.answer = answer
+    model.hidden_states, model.answer = hidden_states, answer
     slopes = synthetic.patch(model, run, 500, "cpu")
     assert slopes == pytest.approx([0] + [0.5] * 5 + [0] * 10, abs=1e-4)
 
 
-def test_evaluation_never_sees_what_training_draws(monkeypatch):
-    evaluated, trained_on, sample = [], [], synthetic.sample_batch
+def test_training_and_evaluation_draw_what_they_should(monkeypatch):
+    drawn, sample = [], synthetic.sample_batch
 
-    def spy(*args, **more):
-        generator = next(t for t in (*args, *more.values()) if isinstance(t, torch.Generator))
-        seed = generator.initial_seed()
-        (evaluated if seed >= synthetic.EVALUATION else trained_on).append((seed, args[2:5]))
-        return sample(*args, **more)
+    def spy(batch_size, seq_len, p, a, b, generator, x_std=1.0):
+        drawn.append((generator.initial_seed(), p, a, b, x_std))
+        return sample(batch_size, seq_len, p, a, b, generator, x_std)
 
     monkeypatch.setattr(synthetic, "sample_batch", spy)
-    run = replace(synthetic.PRESETS["demo"]["run"], max_iters=10, p=0.5, seed=7, eval_sequences=64)
+    monkeypatch.setattr(synthetic, "probe_model", Mock(wraps=synthetic.probe_model))
+    monkeypatch.setattr(mg, "lag_shares", Mock(side_effect=["before", "after"]))
+    settings = dict(max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
+    run = replace(synthetic.DEMO, **settings)
     _, numbers, arrays = synthetic.train_sine(run, "cpu", nothing)
-    assert {seed for seed, _ in trained_on} == {1007} and len(trained_on) == 10
-    assert len({seed for seed, _ in evaluated}) >= 4
-    # the curve is of the task that training is at, the numbers of the run's own
-    at = [synthetic.curriculum(run, step) for step in range(11)]
-    of_curve = [task for seed, task in evaluated if task[0] != 0.5 or task[2] != 4.0]
-    assert {task[0] for task in of_curve} >= {p for b, p, _ in at if p not in (0.5,)}
-    assert {task[2] for task in of_curve} >= {b for b, p, _ in at if b != 4.0}
+
+    lessons = [synthetic.curriculum(run, step) for step in range(11)]
+    of_training = [draw for draw in drawn if draw[0] < synthetic.EVALUATION]
+    assert of_training == [(1007, p, 3, b, x_std) for b, p, x_std in lessons[:10]]
+    own, at_steps = (0.5, 3, 4.0, 1.0), {(p, 3, b, 1.0) for b, p, _ in lessons}
+    for more, tasks in ((0, at_steps), (1, at_steps), (2, at_steps), (3, set())):
+        seed = synthetic.EVALUATION + more  # losses, probe fitted, probe tested, patch
+        assert {draw[1:] for draw in drawn if draw[0] == seed} == {own} | tasks
+    probed = [c.args[1].b for c in synthetic.probe_model.call_args_list]
+    assert probed == [4.0, *[b for b, _, _ in lessons], 4.0]
     assert [step for step, _ in numbers["curve"]] == list(range(11))
     assert arrays["film"].shape == (11, 2, 300) and len(numbers["probe_r2"]) == 3
+    assert numbers["probe_r2"] != numbers["probe_r2_untrained"]
+    assert numbers["lag_share"] == dict(start="before", end="after")
 
 
 def sine_model(**arm):
@@ -856,11 +1000,16 @@ def text_model(**arm):
 
 
 def test_the_sine_model_starts_with_waves_and_answers_from_any_layer():
-    model = synthetic.SineModel(mg.GPTConfig(64, 1, 2, 2, 128), 0.1, 0.3)
+    run = replace(synthetic.FULL, embd_std=0.2, wave_std=0.3)
+    model = synthetic.make_model(run)
     waves = model.transformer.wpe.weight
     assert waves.square().mean().item() == pytest.approx(0.3**2, rel=0.1)
     assert waves[0, 1].item() == pytest.approx(math.sqrt(2) * 0.3)  # a cosine at position 0
-    assert model.read_in.weight.std().item() == pytest.approx(0.1, rel=0.2)
+    assert model.read_in.weight.std().item() == pytest.approx(0.2, rel=0.2)
+    other_arm = synthetic.make_model(replace(run, arm="myopic"))
+    assert_agree(trained(other_arm), trained(model), 0)
+    other_seed = synthetic.make_model(replace(run, seed=1))
+    assert relative_error(other_seed.read_in.weight, model.read_in.weight) > 1
     model, x, y = sine_model()
     assert isinstance(model.transformer.h[0].mlp.gelu, torch.nn.ReLU)
     guess, loss = model(x, y)
@@ -880,6 +1029,11 @@ def test_a_loss_reaches_the_embedding_through_two_layers_and_layer_1_through_one
         assert [t[i, j] > 1e-9 for t in tables[:2]] == [0 <= i - j <= n for n in REACH[arm]]
         assert (tables[2][i, j] > 1e-9) == (i == j)
     assert model.transformer.h[0].attn.horizon is None  # as_arm copies
+    states = mg.as_arm(model, arm).hidden_states(x)
+    own_loss = model.position_losses(states[2], y)[:, 5].sum()
+    (d_state,) = torch.autograd.grad(own_loss, states[1])  # (B, T, C)
+    root_mean_square = d_state[:, 5].square().mean().sqrt().item()
+    assert tables[1][5, 5] == pytest.approx(root_mean_square)
 
 
 @pytest.mark.parametrize("make", [sine_model, text_model])
@@ -913,29 +1067,116 @@ def test_vanilla_plans_ahead_and_myopic_does_not():
     assert myopic["probe_r2"][1][0] < 0.1 > np.abs(myopic["patch_slope"]).max()
 
 
-def test_sines_from_command_to_film(tmp_path, capsys):
+def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
     tiny = "--preset demo --max_iters 6 --batch_size 4 --n_embd 8 --eval_sequences 64 --jobs 1"
     flags = [*tiny.split(), "--p", "0.5", "1", "--out_dir", str(tmp_path)]
     synthetic.main(flags)
-    pictures = ["precache.png", "precache.gif"]
-    pictures += [f"precache_{name}.png" for name in ("patch", "lags", "sequence", "gradients")]
     made = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert made == set(pictures)
+    pictures = {f"precache_{name}.png" for name in ("patch", "lags", "sequence", "gradients")}
+    assert made == pictures | {"precache.png", "precache.gif"}
     out = capsys.readouterr().out
     assert out.index("Pre-caching") < out.index("figure ") < out.index("open ")  # result first
-    synthetic.main([*flags, "--plot_only", "--seeds", "2"])
-    assert "no precache" not in capsys.readouterr().out
-    synthetic.main([*flags, "--seed", "1"])
-    for run in synthetic.mg.read_runs(tmp_path, synthetic.SineRun):
-        if run.seed == 1:  # as if it had not been the first seed
-            mg.run_path(tmp_path, run, ".npz").unlink()
-    capsys.readouterr()
-    synthetic.main([*flags, "--plot_only", "--seed", "1"])
+    # a folder that keeps no arrays of the seed that is asked for first
+    monkeypatch.setattr(mg, "read_arrays", nothing)
+    synthetic.main([*flags, "--plot_only"])
     out = capsys.readouterr().out
     for name in ("precache_sequence.png", "precache_gradients.png", "precache.gif"):
         assert f"no {name}: " in out and not (tmp_path / name).exists()
-    synthetic.main([*flags, "--p", "1", "--sizes", "2x8", "2x16"])
-    assert (tmp_path / "precache_size.png").exists()
+
+
+def sine_records(starts, p=1.0, n_embd=64):
+    """{arm: n} -> {run: record} of two seeds; its numbers are made of n + seed, or 9 where neither
+    table nor figure should look."""
+    found, others = {}, [9] * 5
+    for (arm, n), seed in itertools.product(starts.items(), (0, 1)):
+        shape = dict(block_size=12, a=3, n_embd=n_embd)
+        run = replace(synthetic.QUICK, arm=arm, seed=seed, p=p, **shape)
+        n += seed
+        flat, last = [[9] * 12, [0] * 12], [[9] * 12, [0.6, 0.1, 0.1, 0.1, *[0.0125] * 8]]
+        found[run] = asdict(run) | dict(
+            n_params=n_embd,
+            huber_over_p=n,
+            ratio=n / 10,
+            curve=[[0, 1], [1200, 0.9], [2400, n / 10]],
+            patch_slope=[9, n / 5, n / 5, n / 5, 9, 9],
+            probe_r2=[[9, *others], [n / 4, *others], [9, *others]],
+            probe_r2_untrained=[[9, *others], [n / 20, *others], [9, *others]],
+            lag_share=dict(start=[flat, flat], end=[flat, last]),
+        )
+    return found
+
+
+def test_the_report_of_sines(shown, tmp_path):
+    found = sine_records(dict(vanilla=5), p=0.5)
+    found |= sine_records(dict(vanilla=4, myopic=4), n_embd=32)
+    found |= sine_records(dict(vanilla=1, myopic=5))
+    run = next(iter(found))
+    synthetic.report(found, SimpleNamespace(out_dir=tmp_path, seed=0, run=run))
+    of_p, small, _, vanilla, myopic = shown["table"]
+    assert of_p[:3] == ["0.5", "2x64", "vanilla"] and small[:3] == ["1", "2x32", "vanilla"]
+    means = ["1.500 ± 0.707", "0.150 ± 0.071", "0.375 ± 0.177", "0.075 ± 0.035", "0.300 ± 0.141"]
+    assert vanilla == ["1", "2x64", "vanilla", "2", *means, "-"]
+    assert myopic[2:6] == ["myopic", "2", "5.500 ± 0.707", "0.550 ± 0.071"]
+
+    left, right = shown["precache.png"].axes
+    assert "vanilla 0.15, myopic 0.55" in left.get_title()
+    assert heights(left)[1:] == [pytest.approx([1, 0.9, 0.15]), pytest.approx([1, 0.9, 0.55])]
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([0.375, 1.375, 0.075])
+    error = right.collections[0].get_segments()[0][:, 1]
+    assert error == pytest.approx([0.375 - 0.1768, 0.375 + 0.1768], abs=1e-4)
+
+    assert "vanilla's answers move by 0.30" in title(shown["precache_patch.png"])
+    shade, *bars = shown["precache_patch.png"].axes[0].patches
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == (0.5, 3.5)
+    assert [bar.get_height() for bar in bars[:6]] == pytest.approx([9, 0.3, 0.3, 0.3, 9, 9])
+
+    lags = shown["precache_lags.png"]
+    assert title(lags).startswith("30 ± 0 % of the last layer's W_V gradient is from the next 3")
+    assert "counting: 38 %" in title(lags)
+    untrained, trained, by_count = heights(lags.axes[1])
+    assert max(untrained) == 0 and trained[:4] == pytest.approx([0.6, 0.1, 0.1, 0.1])
+    assert by_count[0] == pytest.approx(12 / 78) and sum(by_count) == pytest.approx(1)
+
+    for ax, points in zip(shown["precache_size.png"].axes, ([0, 0.4], [1.125, 0.375])):
+        assert any(line == pytest.approx(points) for line in heights(ax) if len(line) == 2)
+
+
+class Film:
+    """In place of FuncAnimation: keeps the titles of the frames, and what the last one shows."""
+
+    def __init__(self, fig, frame, frames, init_func):
+        self.titles = []
+        for n in frames:
+            frame(n)
+            self.titles.append(title(fig))
+        Film.made, self.shown = self, [heights(ax) for ax in fig.axes]
+
+    def save(self, path, writer):
+        path.touch()
+
+
+def test_pictures_of_trained_models_are_of_the_first_seed(shown, tmp_path, monkeypatch):
+    found = sine_records(dict(vanilla=1, myopic=5))
+    (tmp_path / "runs").mkdir()
+    for n, run in enumerate(found):
+        weights = synthetic.make_model(run).state_dict().items()
+        arrays = {f"weights.{name}": weight.numpy() for name, weight in weights}
+        arrays["film"] = np.arange(12).reshape(3, 2, 2) / 12 + n  # frames, (x, estimate), points
+        mg.save_run(tmp_path, run, found[run], arrays)
+    monkeypatch.setattr(synthetic, "FuncAnimation", Film)
+    run = next(iter(found))
+    synthetic.report(found, SimpleNamespace(out_dir=tmp_path, seed=0, run=run))
+
+    film = Film.made
+    assert film.titles[0].endswith("sin(2.0·x)") and film.titles[-1].endswith("sin(10.0·x)")
+    for (_, dots), n in zip(film.shown[:2], (0, 2)):  # seed 0 of vanilla and of myopic
+        assert dots == pytest.approx([10 / 12 + n, 11 / 12 + n])
+    assert [lines[1] for lines in film.shown[2:]] == [[1, 0.9, 0.1], [1, 0.9, 0.5]]
+
+    for ax, reach in zip(shown["precache_gradients.png"].axes, (11, 8, 0)):
+        is_drawn = ~np.ma.getmaskarray(ax.images[0].get_array())
+        lag = np.arange(12)[:, None] - np.arange(12)
+        assert (is_drawn == ((lag >= 0) & (lag <= reach))).all()
 
 
 # ------------------------ run_all.sh
