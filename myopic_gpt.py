@@ -871,6 +871,7 @@ def plot_lags(found, path, last, caption):
         draw_band(ax, range(T), trained[:, layer, 1], "trained", "#0072B2", linestyle="-")
         ax.plot(by_count, "--", color="#999999", label="by counting terms")
         ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer", xlim=(-0.5, T / 2))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of W_V's gradient")
     axes[0].legend(fontsize=8, frameon=False)
     share = mean_sd(100 * trained[:, -1, 1, 1 : last + 1].sum(1), 0)
@@ -899,6 +900,7 @@ def draw_sizes(ax, values, ylabel):
             ax.text(size[2], mean, f" {size[0]}x{size[1]}", fontsize=8, va="bottom")
     ax.axhline(0, color="#999999", linewidth=0.8)
     ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
+    ax.set_xticks([size[2] for size in values], [f"{size[2] / 1000:.0f}k" for size in values])
     ax.minorticks_off()
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8)

@@ -44,13 +44,11 @@ set_up() { # sets $python
 case "${1:-}" in
 -h | --help)
     sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"
-    exit
-    ;;
+    exit ;;
 test)
     set_up
     cd "$here"
-    exec "$python" -m pytest -q "${@:2}" test_myopic.py
-    ;;
+    exec "$python" -m pytest -q "${@:2}" test_myopic.py ;;
 esac
 
 set_up

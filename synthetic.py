@@ -356,7 +356,12 @@ def plot_evidence(found, path):
     mg.draw_arms(left, np.array(record["curve"])[:, 0], curves, yscale="log")
     left.set_title(f"Who learns it: {', '.join(ends)}", fontsize=10)
     left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
-    draw_bars(right, probes, [0], xticks=[], ylabel="R² of the probe", ylim=(-0.02, 1))
+    for n, (arm, r2) in enumerate(probes.items()):
+        colour, _, _ = mg.look(arm)
+        right.bar(n, r2.mean(), color=colour)
+        right.plot(np.full(len(r2), n), r2[:, 0], "k.", markersize=4)  # the seeds
+    right.set_xticks(range(len(probes)), list(probes))
+    right.set(ylabel="R² of the probe", ylim=(-0.02, 1))
     right.set_title(f"sin({run.b:g}·x) in layer 1, where no answer needs it", fontsize=10)
     caption = f"\nloss of the task that training is at: b rises from {run.b_start:g} to {run.b:g}"
     mg.save_figure(fig, path, about(found) + caption)
@@ -371,8 +376,10 @@ def plot_sequence(run, models, path):
     fig, ((top,), (low,)) = mg.new_figure(1, 2, width=10, height=2.3, sharex=True)
     top.bar(n, sines[0, shown].numpy(), color="#dddddd", label="true")
     low.bar(n, y[0, shown].numpy(), color="#dddddd", label="needed")
-    for arm, model in models.items():
-        colour, _, marker = mg.look(arm)
+    for arm in ("vanilla", "myopic"):
+        if arm not in models:
+            continue
+        model, (colour, _, marker) = models[arm], mg.look(arm)
         with torch.no_grad():
             state = model.hidden_states(x)[1].double()  # (512, T, C)
             answer, _ = model(x[:1])  # (1, T)
