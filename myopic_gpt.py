@@ -220,8 +220,9 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     """Causal multi-head self-attention, up to its out-projection, with a myopic backward pass.
 
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
-    horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value,
-    RuntimeError under create_graph=True. Source: Wu, Morris, Levine (2024), section 3."""
+    horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value, RuntimeError under
+    create_graph=True. Beware: torch.compile(torch.func.grad(f)) drops a Function's backward, and
+    gives vanilla's gradient. Source: Wu, Morris, Levine (2024), section 3."""
     C = x.size(-1)
     fits = x.dim() == 3 and w_qkv.shape == (3 * C, C)
     require(fits, f"x, w_qkv are {x.shape}, {w_qkv.shape}: make them (B, T, C), (3C, C)")

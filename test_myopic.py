@@ -301,6 +301,17 @@ def test_what_it_keeps_is_freed_by_the_backward_pass(monkeypatch):
     gc.enable()
 
 
+def test_lengths_and_batches_of_none():
+    for B, T in ((0, 3), (2, 0), (1, 1)):
+        x = torch.randn(B, T, 8, requires_grad=True)
+        w = torch.randn(24, 8, requires_grad=True)
+        for horizon in (None, 0, 2):
+            y = mg.myopic_attention(x, w, None, 2, horizon)
+            dx, dw = torch.autograd.grad(y.sum(), (x, w))
+            assert (y.shape, dx.shape, dw.shape) == (x.shape, x.shape, w.shape)
+        assert mg.two_stream_attention(x, None, w, None, 2).shape == x.shape
+
+
 # ------------------------ facts about the idea
 def test_nanogpt_weights_load_and_one_line_makes_its_attention_myopic():
     layers = {"ln_f": (12,), "h.0.ln_1": (12,), "h.0.ln_2": (12,), "h.0.attn.c_attn": (36, 12)}
@@ -1178,6 +1189,10 @@ def test_pictures_of_trained_models_are_of_the_first_seed(shown, tmp_path, monke
         is_drawn = ~np.ma.getmaskarray(ax.images[0].get_array())
         lag = np.arange(12)[:, None] - np.arange(12)
         assert (is_drawn == ((lag >= 0) & (lag <= reach))).all()
+
+
+def test_horizons_look_different():
+    assert len({mg.look(f"horizon_{h}") for h in (1, 2, 4, 9, 10, 16)}) == 6
 
 
 # ------------------------ run_all.sh
