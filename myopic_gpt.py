@@ -74,7 +74,8 @@ ARMS = {
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError for a bad value."""
+    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError if n_head does not
+    divide n_embd, or for a bad value of the arm's."""
 
     block_size: int
     vocab_size: int
@@ -221,10 +222,10 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
 
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
     horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value, RuntimeError under
-    create_graph=True. Beware: torch.compile(torch.func.grad(f)) drops a Function's backward, and
-    gives vanilla's gradient. Source: Wu, Morris, Levine (2024), section 3."""
+    create_graph=True; torch.func refuses it. Source: Wu, Morris, Levine (2024), section 3."""
     C = x.size(-1)
     fits = x.dim() == 3 and w_qkv.shape == (3 * C, C)
+    fits = fits and (b_qkv is None or b_qkv.shape == (3 * C,))
     require(fits, f"x, w_qkv are {x.shape}, {w_qkv.shape}: make them (B, T, C), (3C, C)")
     check_attention(C, n_head, horizon, cut)
     device = x.device.type
@@ -395,7 +396,8 @@ def check_attention(n_embd, n_head, horizon, cut):
 
 # ------------------------ from here on: training it on English
 def python_english():
-    """The English that ships with Python: docstrings of its modules and pydoc's help topics."""
+    """The English that ships with Python: pydoc's help topics, and the docstrings of the modules at
+    the top of its library."""
     documents = set(topics.values())
     for path in Path(ast.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -977,6 +979,9 @@ def plot_text_sizes(found, path, caption):
     for size, group in by_size(found).items():
         in_nats[size] = list(gaps(group, "myopic").values())
         in_share[size] = shares_of_bigram(group, "myopic")
+    if not any(in_nats.values()):
+        skip_figure(path, "it takes vanilla and myopic of the same seed")
+        return
     fig, ((left, right),) = new_figure(2, width=5)
     draw_sizes(left, in_nats, "myopia gap (nats)")
     draw_sizes(right, in_share, "% of the bigram's gap")
@@ -1016,7 +1021,8 @@ def report(found, args):
     plot_lags(largest, args.out_dir / "text_lags.png", 4, steps)
     if len(sizes) > 1:
         plot_text_sizes(found, args.out_dir / "text_size.png", f"{steps}; dots: seeds")
-    print(f"open {args.out_dir / 'text_gaps.png'} first")
+    if (args.out_dir / "text_gaps.png").exists():
+        print(f"open {args.out_dir / 'text_gaps.png'} first")
 
 
 # ------------------------ from here on: running many of them
@@ -1206,6 +1212,10 @@ def parse_flags(script, doc, presets, argv, more=()):
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
+    shape = [getattr(args.run, name) for name in ("n_layer", "n_head", "n_embd")]
+    of_preset = [getattr(preset["run"], name) for name in ("n_layer", "n_head", "n_embd")]
+    if shape != of_preset and args.sizes == preset.get("sizes"):  # given by hand: no sweep
+        args.sizes = None
     if args.out_dir is None:
         args.out_dir = Path("out", args.preset)
     if args.device == "auto":
@@ -1258,7 +1268,7 @@ def exit_status(script):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a letter that a console lacks must not end a run
             stream.reconfigure(errors="replace")
-    kept = "finished runs are kept, the same command goes on"
+    kept = "finished runs are kept; without --fresh the same command goes on"
     try:
         yield
         return
@@ -1325,7 +1335,7 @@ def bench(args):
     calls = {}
     for arm in ("vanilla", "myopic"):
         one_step = replace(run, arm=arm, max_iters=1)
-        model = GPT(one_step.config(256)).to(args.device)
+        model = GPT(one_step.config(256, run.dropout)).to(args.device)
         optimizers = configure_optimizers(model, one_step)
         call = functools.partial(train, model, optimizers, lambda step: xy, one_step)
         calls[arm] = functools.partial(call, lambda steps, loss: None)

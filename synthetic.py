@@ -446,6 +446,9 @@ def plot_sizes(found, path):
     for size, group in mg.by_size(found).items():
         gap[size] = list(mg.gaps(group, "myopic", "ratio").values())
         probe[size] = [r2[1][0] for r2 in mg.per_seed(group, "vanilla", "probe_r2")]
+    if not all(gap.values()):
+        mg.skip_figure(path, "it takes vanilla and myopic of every size")
+        return
     fig, ((left, right),) = mg.new_figure(2, width=5)
     mg.draw_sizes(left, gap, "myopia gap / trivial predictor's loss")
     mg.draw_sizes(right, probe, "R² of the probe, vanilla")
