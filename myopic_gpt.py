@@ -909,6 +909,15 @@ def draw_sizes(ax, values, ylabel):
         ax.legend(frameon=False, fontsize=8)
 
 
+def ends_of(percents):
+    """'81 ± 2 % at 3x16, 6 ± 1 % at 3x64': of the smallest and the largest size that have values."""
+    ends = []
+    measured = [size for size in percents if percents[size]]
+    for size in measured[:1] + measured[-1:]:
+        ends.append(f"{mean_sd(percents[size], 0)} % at {size[0]}x{size[1]}")
+    return ", ".join(ends)
+
+
 def by_size(found):
     """{(layers, channels, parameters): {run: record}}, the smallest first."""
     groups = {}
@@ -985,12 +994,7 @@ def plot_text_sizes(found, path, caption):
     fig, ((left, right),) = new_figure(2, width=5)
     draw_sizes(left, in_nats, "myopia gap (nats)")
     draw_sizes(right, in_share, "% of the bigram's gap")
-    measured = [size for size in in_share if in_share[size]]
-    if measured:
-        ends = []
-        for size in (measured[0], measured[-1]):
-            ends.append(f"{mean_sd(in_share[size], 0)} % at {size[0]}x{size[1]}")
-        fig.suptitle(f"Of what context is worth, myopia costs {', '.join(ends)}", fontsize=11)
+    fig.suptitle(f"Of what context is worth, myopia costs {ends_of(in_share) or '-'}", fontsize=11)
     save_figure(fig, path, caption)
 
 

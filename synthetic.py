@@ -444,19 +444,16 @@ def plot_sizes(found, path):
     """Loss and probe of vanilla, and the myopia gap, against size."""
     gap, probe = {}, {}
     for size, group in mg.by_size(found).items():
-        gap[size] = list(mg.gaps(group, "myopic", "ratio").values())
+        gap[size] = [100 * ratio for ratio in mg.gaps(group, "myopic", "ratio").values()]
         probe[size] = [r2[1][0] for r2 in mg.per_seed(group, "vanilla", "probe_r2")]
     if not all(gap.values()):
         mg.skip_figure(path, "it takes vanilla and myopic of every size")
         return
     fig, ((left, right),) = mg.new_figure(2, width=5)
-    mg.draw_sizes(left, gap, "myopia gap / trivial predictor's loss")
+    mg.draw_sizes(left, gap, "myopia gap (% of trivial loss)")
     mg.draw_sizes(right, probe, "R² of the probe, vanilla")
-    ends = []
-    for size in (list(gap)[0], list(gap)[-1]):
-        share = 100 * np.array(gap[size])
-        ends.append(f"{mg.mean_sd(share, 0)} % at {size[0]}x{size[1]}")
-    fig.suptitle(f"Of the trivial predictor's loss, myopia costs {', '.join(ends)}", fontsize=11)
+    title = f"Of the trivial predictor's loss, myopia costs {mg.ends_of(gap)}"
+    fig.suptitle(title, fontsize=11)
     run = next(iter(found))
     task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}"
     mg.save_figure(fig, path, f"{task}; {mg.seeds_of(found)}; dots: seeds")

@@ -1154,7 +1154,7 @@ def test_the_report_of_sines(shown, tmp_path):
     assert max(untrained) == 0 and trained[:4] == pytest.approx([0.6, 0.1, 0.1, 0.1])
     assert by_count[0] == pytest.approx(12 / 78) and sum(by_count) == pytest.approx(1)
 
-    for ax, points in zip(shown["precache_size.png"].axes, ([0, 0.4], [1.125, 0.375])):
+    for ax, points in zip(shown["precache_size.png"].axes, ([0, 40], [1.125, 0.375])):
         assert any(line == pytest.approx(points) for line in heights(ax) if len(line) == 2)
 
 
