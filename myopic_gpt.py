@@ -910,7 +910,7 @@ def draw_sizes(ax, values, ylabel):
 
 
 def ends_of(percents):
-    """'81 ± 2 % at 3x16, 6 ± 1 % at 3x64': of the smallest and the largest size that have values."""
+    """'81 ± 2 % at 3x16, 6 ± 1 % at 3x64': of the smallest and the largest size with values."""
     ends = []
     measured = [size for size in percents if percents[size]]
     for size in measured[:1] + measured[-1:]:
