@@ -905,6 +905,7 @@ def draw_sizes(ax, values, ylabel):
     ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
     ax.set_xticks([size[2] for size in values], [f"{size[2] / 1000:.0f}k" for size in values])
     ax.minorticks_off()
+    ax.tick_params(axis="x", labelsize=7)
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8)
 
