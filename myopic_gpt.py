@@ -969,7 +969,8 @@ def plot_gaps(found, path, caption):
         return
     if "bigram" in position:  # where context is worth nothing, a gap says nothing
         worth = position["bigram"].mean(0) > 0.1
-        position = {arm: np.where(worth, y, np.nan) for arm, y in position.items()}
+        for arm in position:
+            position[arm] = np.where(worth, position[arm], np.nan)
         caption += "; by position: only where context is worth 0.1 nats"
 
     fig, ((left, right),) = new_figure(2, width=5)
