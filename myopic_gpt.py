@@ -158,7 +158,7 @@ def lag_gradients(lag, G, q, k, v, out, lse):
     q_i, G_i, O_i = (t[:, :, lag:] for t in (q, G, out))  # (B, nh, T - lag, hs)
     k_j, v_j = k[:, :, : T - lag], v[:, :, : T - lag]  # (B, nh, T - lag, hs)
     log_P = s * (q_i * k_j).sum(-1) - lse[:, :, lag:]  # (B, nh, T - lag)
-    P = log_P.clamp(max=0).exp()[..., None]  # (B, nh, T - lag, 1); rounding may lift it above 0
+    P = log_P.clamp(max=0).exp()[..., None]  # (B, nh, T - lag, 1); at most 1, whatever rounds
     dS = P * (G_i * (v_j - O_i)).sum(-1, keepdim=True)  # (B, nh, T - lag, 1)
     return s * dS * q_i, P * G_i
 
@@ -203,6 +203,7 @@ class MyopicAttention(torch.autograd.Function):
         dq, dk, dv, dk_near, dv_near = every  # (B T, C)
 
         # the stop-gradient: a state of the past gets no loss but the near ones
+        # dx = dq W_Q + dk_near W_K + dv_near W_V
         w_q, w_k, w_v = w.chunk(3)  # (C, C)
         dx = (dq @ w_q).addmm_(dk_near, w_k).addmm_(dv_near, w_v)  # (B T, C)
 
