@@ -225,13 +225,12 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value, RuntimeError under
     create_graph=True; torch.func refuses it. Source: Wu, Morris, Levine (2024), section 3."""
     C = x.size(-1)
-    fits = x.dim() == 3 and w_qkv.shape == (3 * C, C)
-    fits = fits and (b_qkv is None or b_qkv.shape == (3 * C,))
-    require(fits, f"x, w_qkv are {x.shape}, {w_qkv.shape}: make them (B, T, C), (3C, C)")
+    shapes = [tuple(t.shape) for t in (x, w_qkv, b_qkv) if t is not None]
+    fits = x.dim() == 3 and shapes[1:] in ([(3 * C, C)], [(3 * C, C), (3 * C,)])
+    require(fits, f"x, w_qkv, b_qkv are {shapes}: make them (B, T, C), (3C, C), (3C,)")
     check_attention(C, n_head, horizon, cut)
     device = x.device.type
-    has_autocast = torch.amp.is_autocast_available(device)  # the device "meta" has none
-    if has_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, w_qkv = x.to(dtype), w_qkv.to(dtype)
         b_qkv = None if b_qkv is None else b_qkv.to(dtype)
@@ -244,7 +243,7 @@ def two_stream_attention(x, past_x, w, b, n_head):
     A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
     Y = A v_past + diag(A) (v - v_past)
     x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C). With past_x =
-    x.detach() this is the textbook way to the myopic gradient: the same, at twice the work."""
+    x.detach() this is the textbook way to the myopic gradient: the same, at a higher price."""
     q, k, v = heads(x, w, b, n_head)  # (B, nh, T, hs)
     k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
     if past_x is not None:
@@ -263,16 +262,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
-        self.horizon = config.horizon
-        self.cut = config.cut
-        self.past = config.past
+        self.config = config
 
     def forward(self, x, past_x=None):
-        w, b = self.c_attn.weight, self.c_attn.bias
-        if self.past == "own":  # vanilla, too, goes through the backward pass by hand
-            y = myopic_attention(x, w, b, self.n_head, self.horizon, self.cut)  # (B, T, C)
+        w, b, arm = self.c_attn.weight, self.c_attn.bias, self.config
+        if arm.past == "own":  # vanilla, too, goes through the backward pass by hand
+            y = myopic_attention(x, w, b, self.n_head, arm.horizon, arm.cut)  # (B, T, C)
         else:
-            has_past = self.past == "zero" or past_x is not None
+            has_past = arm.past == "zero" or past_x is not None
             require(has_past, "past is 'frozen': that takes a LocalMyopicGPT")
             y = two_stream_attention(x, past_x, w, b, self.n_head)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -329,11 +326,15 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def positions(self, T):
+        """-> (T, C)"""
+        limit = self.config.block_size
+        require(limit >= T, f"{T} positions: block_size allows {limit}")
+        return self.transformer.wpe.weight[:T]
+
     def embed(self, idx):
         """idx (B, T) -> (B, T, C)"""
-        T, limit = idx.size(1), self.config.block_size
-        require(limit >= T, f"{T} positions: block_size allows {limit}")
-        return self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
+        return self.transformer.wte(idx) + self.positions(idx.size(1))
 
     def hidden_states(self, idx):
         """idx (B, T) -> n_layer + 1 tensors (B, T, C): 0 the embedding, l that after block l."""
@@ -362,9 +363,7 @@ class GPT(nn.Module):
 
         Raises UsageError for an empty idx, a temperature below 1e-9, a top_k below 1."""
         require(idx.size(1) > 0, "idx has no tokens: give the model one to go on from")
-        require(
-            temperature >= 1e-9, f"temperature is {temperature}: for the likeliest token, top_k=1"
-        )
+        require(temperature >= 1e-9, f"temperature is {temperature}: take top_k=1 instead")
         require(top_k is None or top_k >= 1, f"top_k is {top_k}: give None, or 1 or more")
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
@@ -419,8 +418,8 @@ def load_text(files, block_size):
         except (OSError, ValueError) as error:
             raise UsageError(f"--data {name}: {error}; name a UTF-8 file") from error
     text = "\n\n".join(texts) if files else python_english()
-    tenth = len(text) * 9 // 10  # the last one begins here, or between the next paragraphs
-    split = max(tenth, text.find("\n\n", tenth, tenth + len(text) // 100))
+    split = len(text) * 9 // 10  # or between the next paragraphs, if some end soon
+    split = max(split, text.find("\n\n", split, split + len(text) // 100))
     parts = text[:split].encode(), text[split:].encode()
     n = min(map(len, parts))
     require(block_size < n, f"block_size is {block_size}: the held-out text has {n} bytes")
@@ -455,13 +454,13 @@ def configure_optimizers(model, run):
     """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
     AdamW's, matrices and embeddings decay, biases and norms do not."""
     by_muon, decaying, others = [], [], []
-    of_muon = {"all": ".h.", "attn": ".attn.", "none": "/"}[run.muon]  # a part of its names
     for name, p in model.named_parameters():
+        is_muons = {"all": ".h." in name, "attn": ".attn." in name, "none": False}
         if not p.requires_grad:  # a teacher's
             continue
         if p.dim() < 2:
             others.append(p)
-        elif of_muon in name:
+        elif is_muons[run.muon]:
             by_muon.append(p)
         else:
             decaying.append(p)
@@ -479,8 +478,8 @@ def configure_optimizers(model, run):
 def train(model, optimizers, next_batch, run, report_progress, after_step=lambda done: None):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
-    report_progress(steps, loss) is called every ten steps, after_step(steps done) after each.
-    Raises UsageError if the loss is not finite."""
+    report_progress(steps since the last report, text) is called every ten steps, after_step(steps
+    done) after each. Raises UsageError if the loss is not finite."""
     device = next(model.parameters()).device.type
     groups = []
     for optimizer in optimizers:
@@ -505,10 +504,10 @@ def train(model, optimizers, next_batch, run, report_progress, after_step=lambda
         model.zero_grad()
 
         if done % 10 == 0 or done == run.max_iters:  # not each: to read a loss stalls a GPU
-            where = f"the loss is {loss.item()} at step {done} of {run.arm}, seed {run.seed}"
-            require(math.isfinite(loss.item()), f"{where}: lower --learning_rate")
-            steps = done % 10 or 10  # since the last report
-            report_progress(steps, loss.item())
+            now = f"{run.arm}, seed {run.seed}: loss {loss.item():.3f}"
+            is_finite = math.isfinite(loss.item())
+            require(is_finite, f"{now} at step {done}: lower --learning_rate")
+            report_progress(done % 10 or 10, now)
         after_step(done)
 
 
@@ -530,7 +529,6 @@ def setting(default, help, most=math.inf, choices=None):
 class Run:
     """Settings in, one record out. Raises UsageError for a value that it cannot have."""
 
-    kind = "run"  # how its files' names begin
     arm: str = "vanilla"
     recipe: int = 1  # raise it when a change that no other field shows makes old records differ
     seed: int = setting(0, "the first seed", most=sys.maxsize)
@@ -590,7 +588,7 @@ class Run:
 class TextRun(Run):
     """A run on text, byte by byte; the digest says what the text was, and where it was split."""
 
-    kind = "text"
+    kind = "text"  # how its files' names begin
     dropout: float = setting(0.0, "while training", most=0.99)
     eval_windows: int = setting(256, "windows of held-out text that are evaluated")
     data_sha256: str = ""
@@ -659,11 +657,11 @@ def train_text(text, run, device, report_progress):
         chosen = windows[starts.to(device)].long()  # (B, T + 1)
         return chosen[:, :-1], chosen[:, 1:]
 
-    def after_step(step):
-        if step % max(1, run.max_iters // 10) == 0 or step == run.max_iters:
+    def after_step(done):
+        if done % max(1, run.max_iters // 10) == 0 or done == run.max_iters:
             train_losses, _ = token_losses(model, windows, run.eval_windows)
             val_losses, _ = token_losses(model, held_out, run.eval_windows)
-            curve.append([step, train_losses.mean().item(), val_losses.mean().item()])
+            curve.append([done, train_losses.mean().item(), val_losses.mean().item()])
 
     few = held_out[:: 1 + len(held_out) // 32].long()  # (32 or less, T + 1)
     shares = {}
@@ -699,10 +697,9 @@ def as_arm(model, arm):
     """A copy of the model with another arm's backward pass; its forward pass is the same."""
     other = arm_fields(arm)
     require(other["past"] == "own", f"arm {arm}: its forward pass is another, too")
-    model = copy.deepcopy(model)
-    for block in model.transformer.h:
-        block.attn.horizon = other["horizon"]
-        block.attn.cut = other["cut"]
+    model = copy.deepcopy(model)  # with the one config that all its blocks share
+    model.config.horizon = other["horizon"]
+    model.config.cut = other["cut"]
     return model
 
 
@@ -725,6 +722,8 @@ def gradients_by_lag(model, x, y):
 
     -> (L, T, 2C, C): part [l, lag] is what the readers `lag` later want of them; the parts of all
     lags add up to the gradient of the mean loss."""
+    is_vanilla = model.config.horizon is None and model.config.past == "own"
+    require(is_vanilla, "the split by lag is of all readers: give it as_arm(model, 'vanilla')")
     states = model.eval().hidden_states(x)
     loss = model.position_losses(states[-1], y).mean()
     d_states = torch.autograd.grad(loss, states)  # L + 1 of (B, T, C)
@@ -860,7 +859,7 @@ def seeds_of(found):
 
 
 def plot_lags(found, path, last, caption):
-    """Whom W_V serves, by lag; the title counts the readers 1 to `last` positions later."""
+    """Whom W_V serves, by lag; the title sums up all later readers, and the next `last`."""
     records = per_seed(found, "vanilla", "lag_share")
     if not records:
         skip_figure(path, "it takes vanilla")
@@ -878,12 +877,16 @@ def plot_lags(found, path, last, caption):
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of W_V's gradient")
     axes[0].legend(fontsize=8, frameon=False)
-    share = mean_sd(100 * trained[:, -1, 1, 1 : last + 1].sum(1), 0)
-    counted = 100 * by_count[1 : last + 1].sum()
-    finding = f"{share} % of the last layer's W_V gradient is from the next {last} readers"
-    fig.suptitle(f"{finding} (by counting: {counted:.0f} %)", fontsize=11)
-    save_figure(fig, path, f"vanilla; shares add up to 1; {caption}")
-    print(f"    {finding}")
+    shares, counted = [], []
+    for stop in (T, last + 1):
+        shares.append(mean_sd(100 * trained[:, -1, 1, 1:stop].sum(1), 0))
+        counted.append(f"{100 * by_count[1:stop].sum():.0f}")
+    finding = f"{shares[0]} % is from later positions, {shares[1]} % from the next {last}"
+    finding = f"Of the last layer's W_V gradient {finding}"
+    fig.suptitle(finding, fontsize=11)
+    by_counting = f"by counting: {' and '.join(counted)} %"
+    save_figure(fig, path, f"vanilla; shares add up to 1; {by_counting}\n{caption}")
+    print(f"    {finding}; {by_counting}")
 
 
 def draw_sizes(ax, values, ylabel):
@@ -892,30 +895,29 @@ def draw_sizes(ax, values, ylabel):
     lines = [("width", "layers", 0, "#0072B2", "-"), ("depth", "channels", 1, "#D55E00", "--")]
     for name, shared, place, colour, line in lines:
         usual = mode(size[place] for size in values)
-        sizes = [size for size in values if size[place] == usual and values[size]]
-        if len(sizes) < 2:
-            continue
-        means = [np.mean(values[size]) for size in sizes]
-        n_params = [size[2] for size in sizes]
-        ax.plot(n_params, means, line, color=colour, label=f"{name} ({usual} {shared})")
-        for size, mean in zip(sizes, means):
-            of_seeds = values[size]
-            ax.plot([size[2]] * len(of_seeds), of_seeds, "o", color=colour, markersize=3)
-            ax.text(size[2], mean, f" {size[0]}x{size[1]}", fontsize=8, va="bottom")
+        sizes = [size for size in values if size[place] == usual]
+        if len(sizes) > 1:
+            means = [np.mean(values[size]) for size in sizes]
+            n_params = [size[2] for size in sizes]
+            ax.plot(n_params, means, line, color=colour, label=f"{name} ({usual} {shared})")
+    for (layers, channels, n_params), of_seeds in values.items():
+        ax.plot([n_params] * len(of_seeds), of_seeds, "k.", markersize=4)
+        ax.text(n_params, max(of_seeds), f"{layers}x{channels}\n", fontsize=8, ha="center")
     ax.axhline(0, color="#999999", linewidth=0.8)
     ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
     ax.set_xticks([size[2] for size in values], [f"{size[2] / 1000:.0f}k" for size in values])
     ax.minorticks_off()
+    ax.margins(y=0.15)
     ax.tick_params(axis="x", labelsize=7)
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8)
 
 
 def ends_of(percents):
-    """'81 ± 2 % at 3x16, 6 ± 1 % at 3x64': of the smallest and the largest size with values."""
+    """'81 ± 2 % at 3x16, 6 ± 1 % at 3x64': of the smallest and the largest size."""
     ends = []
-    measured = [size for size in percents if percents[size]]
-    for size in measured[:1] + measured[-1:]:
+    sizes = list(percents)
+    for size in (sizes[0], sizes[-1]):
         ends.append(f"{mean_sd(percents[size], 0)} % at {size[0]}x{size[1]}")
     return ", ".join(ends)
 
@@ -986,18 +988,18 @@ def plot_gaps(found, path, caption):
 
 
 def plot_text_sizes(found, path, caption):
-    """The myopia gap against size, in nats and as a share of what context is worth."""
-    in_nats, in_share = {}, {}
+    """The myopia gap against size, as a share of what context is worth."""
+    shares = {}
     for size, group in by_size(found).items():
-        in_nats[size] = list(gaps(group, "myopic").values())
-        in_share[size] = shares_of_bigram(group, "myopic")
-    if not any(in_nats.values()):
-        skip_figure(path, "it takes vanilla and myopic of the same seed")
+        of_seeds = shares_of_bigram(group, "myopic")
+        if of_seeds:
+            shares[size] = of_seeds
+    if len(shares) < 2:
+        skip_figure(path, "it takes vanilla, myopic and bigram of the same seed, in two sizes")
         return
-    fig, ((left, right),) = new_figure(2, width=5)
-    draw_sizes(left, in_nats, "myopia gap (nats)")
-    draw_sizes(right, in_share, "% of the bigram's gap")
-    fig.suptitle(f"Of what context is worth, myopia costs {ends_of(in_share) or '-'}", fontsize=11)
+    fig, ((ax,),) = new_figure(width=7)
+    draw_sizes(ax, shares, "myopia gap (% of bigram's)")
+    ax.set_title(f"Of what context is worth, myopia costs {ends_of(shares)}", fontsize=10)
     save_figure(fig, path, caption)
 
 
@@ -1041,7 +1043,7 @@ def write_whole(path, write):
         write(part)
         part.replace(path)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}: make room, or name another folder") from error
+        raise UsageError(f"{path}: {error}: make room, or name another folder") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -1059,11 +1061,10 @@ def read_runs(out_dir, run_class):
     for path in sorted((Path(out_dir) / "runs").glob(f"{run_class.kind}-*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
+            settings = {f.name: record[f.name] for f in fields(run_class) if f.name in record}
+            found[run_class(**settings)] = record
         except ValueError as error:
-            raise UsageError(f"{path} is damaged: delete it, and the run is repeated") from error
-        settings = {f.name: record[f.name] for f in fields(run_class) if f.name in record}
-        run = run_class(**settings)
-        found[run] = record
+            raise UsageError(f"{path}: {error}; delete it, and the run is repeated") from error
     return found
 
 
@@ -1107,12 +1108,8 @@ def start_worker(queue):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def train_one_run(train_one, run, device, show_progress):
+def train_one_run(train_one, run, device, report_progress):
     """One run, on one thread, to be the same on any number of cores -> its numbers and arrays."""
-
-    def report_progress(steps, loss):
-        show_progress(steps, f"{run.arm}, seed {run.seed}: loss {loss:.3f}")
-
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # high: TF32
     start = time.time()
@@ -1124,26 +1121,29 @@ def train_one_run(train_one, run, device, show_progress):
     return numbers, arrays
 
 
-def train_in_worker(train_one, run, device):
-    queue = multiprocessing.current_process().progress
-    return train_one_run(train_one, run, device, lambda *news: queue.put(news))
+def send_progress(steps, text):
+    """In a worker: to the parent's bar."""
+    multiprocessing.current_process().progress.put((steps, text))
 
 
-def train_side_by_side(train_one, runs, device, jobs, show_progress):
+def train_side_by_side(train_one, runs, device, jobs, report_progress):
     """Train `jobs` runs at once; yield (run, (numbers, arrays)) as they finish."""
     if jobs == 1:
         for run in runs:
-            yield run, train_one_run(train_one, run, device, show_progress)
+            yield run, train_one_run(train_one, run, device, report_progress)
         return
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     with ProcessPoolExecutor(jobs, context, start_worker, [queue]) as pool:
-        pending = {pool.submit(train_in_worker, train_one, run, device): run for run in runs}
+        pending = {}
+        for run in runs:
+            future = pool.submit(train_one_run, train_one, run, device, send_progress)
+            pending[future] = run
         try:
             while pending:
                 done, _ = wait(pending, timeout=0.2)
                 while not queue.empty():
-                    show_progress(*queue.get())
+                    report_progress(*queue.get())
                 for future in done:
                     yield pending.pop(future), future.result()
         finally:  # after a failed run or Ctrl-C, too: nobody waits for the others
@@ -1154,7 +1154,8 @@ def train_side_by_side(train_one, runs, device, jobs, show_progress):
 def train_missing(runs, train_one, headline, args):
     """Train the runs that are not recorded yet -> {run: record} for all of `runs` that are.
 
-    train_one(run, device, report_progress) -> model, numbers, arrays. headline: the one shown."""
+    train_one(run, device, report_progress) -> model, numbers, arrays. headline: the number that
+    is printed when a run ends."""
     recorded = read_runs(args.out_dir, type(args.run))
     found = [recorded[run] for run in runs if run in recorded]
     todo = []
@@ -1173,11 +1174,11 @@ def train_missing(runs, train_one, headline, args):
         steps += models * run.max_iters
     with tqdm(total=steps, leave=False, disable=not todo) as bar:
 
-        def show_progress(steps, text):
+        def report_progress(steps, text):
             bar.set_postfix_str(text, refresh=False)
             bar.update(steps)
 
-        results = train_side_by_side(train_one, todo, args.device, args.jobs, show_progress)
+        results = train_side_by_side(train_one, todo, args.device, args.jobs, report_progress)
         for run, (numbers, arrays) in results:
             record = asdict(run) | args.stamp | numbers
             save_run(args.out_dir, run, record, arrays if run.seed == args.seed else None)
@@ -1198,7 +1199,8 @@ def parse_flags(script, doc, presets, argv, more=()):
     parser = argparse.ArgumentParser(Path(script).name, description=about, allow_abbrev=False)
     add = parser.add_argument
     devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-    add("--preset", choices=presets, default="quick", help="seconds; a laptop; a GPU")
+    size = "demo: seconds; quick: a laptop (default); full: a GPU"
+    add("--preset", choices=presets, default="quick", help=size)
     add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
     add("--seeds", type=int, help="how many seeds")
     add("--sizes", nargs="+", metavar="LxC", help="LAYERSxCHANNELS, as 3x64: a sweep")
@@ -1214,15 +1216,14 @@ def parse_flags(script, doc, presets, argv, more=()):
         add(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
 
     # the preset's settings are the defaults of the flags
-    preset = presets[parser.parse_known_args(argv)[0].preset]
+    by_hand, _ = parser.parse_known_args(argv)
+    preset = presets[by_hand.preset]
     parser.set_defaults(**asdict(preset["run"]))
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
-    shape = [getattr(args.run, name) for name in ("n_layer", "n_head", "n_embd")]
-    of_preset = [getattr(preset["run"], name) for name in ("n_layer", "n_head", "n_embd")]
-    if shape != of_preset and args.sizes == preset.get("sizes"):  # given by hand: no sweep
-        args.sizes = None
+    if by_hand.sizes is None and (by_hand.n_layer or by_hand.n_head or by_hand.n_embd):
+        args.sizes = None  # one size by hand: no sweep
     if args.out_dir is None:
         args.out_dir = Path("out", args.preset)
     if args.device == "auto":

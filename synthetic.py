@@ -2,10 +2,10 @@
 
     x_n ~ N(0, 1)    z_n ~ Bernoulli(p)    y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n
 
-Where z_n = 1 the answer needs `a` sines of past inputs. A layer of attention can add up `a` values,
-but it cannot take `a` sines first. A model of two layers can do it if layer 1 computes sin(b x_n)
-at every position n, although n itself has no use for it, and layer 2 adds up what lies ready. That
-is pre-caching: it takes gradient from later losses, and myopic training stops that.
+Where z_n = 1 the answer needs `a` sines of past inputs. Attention can add up `a` values, but
+not take `a` sines first. A model of two layers can do it if the MLP of layer 1 takes sin(b x_n) at
+every position n, although n itself has no use for it, and layer 2 adds up what lies ready. That is
+pre-caching: it takes gradient from later losses, and myopic training stops that.
 
     python synthetic.py --preset demo        # an easy sine: vanilla learns it, myopic does not
     python synthetic.py                      # the paper's sine, a small model: minutes on two cores
@@ -117,12 +117,10 @@ PAPER = {
 def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0):
     """Draw sequences of D_p: x (B, T, 2), x[..., 0] = x_n and x[..., 1] = z_n, and y (B, T).
 
-    y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n; terms before position 0 are 0. The batch
-    is made on the generator's device; x_std is for a curriculum. Source: Wu, Morris, Levine (2024),
-    section 4.1."""
-    device = None if generator is None else generator.device
-    x = x_std * torch.randn(batch_size, seq_len, generator=generator, device=device)  # (B, T)
-    z = (torch.rand(batch_size, seq_len, generator=generator, device=device) < p).float()
+    y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n; terms before position 0 are 0. x_std, the
+    standard deviation of x, is for a curriculum. Source: Wu, Morris, Levine (2024), section 4.1."""
+    x = x_std * torch.randn(batch_size, seq_len, generator=generator)  # (B, T)
+    z = (torch.rand(batch_size, seq_len, generator=generator) < p).float()
     sines = F.pad(torch.sin(b * x), (a, 0))[:, :-1]  # (B, a + T - 1)
     y = z * sines.unfold(1, a, 1).sum(-1) + (1 - z) * x  # (B, T)
     return torch.stack([x, z], dim=-1), y
@@ -168,7 +166,7 @@ class SineModel(mg.GPT):
 
     def embed(self, x):
         """x (B, T, 2) -> (B, T, C)"""
-        return self.read_in(x) + self.transformer.wpe.weight[: x.size(1)]
+        return self.read_in(x) + self.positions(x.size(1))
 
     def answer(self, state, blocks_done):
         """The residual stream after so many blocks (B, T, C) -> the answers (B, T)."""
@@ -200,7 +198,7 @@ def r_squared(estimate, truth):
 
 @torch.no_grad()
 def probe_rows(model, x):
-    """A row for each position, of each sequence, with K inputs so far, its own included.
+    """A row for each position that has K inputs so far, its own included.
 
     x (B, T, 2) -> residual stream (L + 1, rows, C), past inputs x_{n-i} (rows, K); float64, CPU."""
     T = x.size(1)
@@ -245,8 +243,7 @@ def patch(model, run, count, device):
     the one that the same model has there with another x. Answers i later that need the sine (z = 1)
     should move by sin(b x') - sin(b x) for i = 1 .. a, and by nothing else.
 
-    -> slope of the answer's move on that, for i = 0 .. K - 1. (The state holds x, too: with a = 1 a
-    reader could take the sine itself; of ten x's at once, two layers cannot.)"""
+    -> slope of the answer's move on that, for i = 0 .. K - 1."""
     x, _ = sample_task(run, count, EVALUATION + 3, device)
     K, rows = min(LOOKBACKS, run.block_size // 2), torch.arange(count, device=device)
     generator = torch.Generator().manual_seed(EVALUATION + 4)
@@ -291,12 +288,12 @@ def train_sine(run, device, report_progress):
         x, y = sample_batch(run.batch_size, run.block_size, p, run.a, b, batches, x_std)
         return x.to(device), y.to(device)
 
-    def after_step(step):  # measured with the b and p that training is at, and x as ever
-        if step % max(1, run.max_iters // 24) == 0 or step == run.max_iters:
-            b, p, _ = curriculum(run, step)
+    def after_step(done):  # measured on the task that training is at, but with evaluation's x
+        if done % max(1, run.max_iters // 24) == 0 or done == run.max_iters:
+            b, p, _ = curriculum(run, done)
             now = replace(run, b=b, p=p)
             part = sample_task(now, min(512, run.eval_sequences), EVALUATION, device)
-            curve.append([step, huber_losses(model, *part, p)["ratio"]])
+            curve.append([done, huber_losses(model, *part, p)["ratio"]])
             _, film_x, estimate = probe_model(model, now, 256, device)
             film.append([film_x[:300], estimate[:300]])
 
@@ -317,28 +314,13 @@ def train_sine(run, device, report_progress):
     return model, numbers, dict(film=np.array(film, dtype=np.float32))  # (frames, 2, 300)
 
 
-# ------------------------ figures: every one for the runs of a single p and size
+# ------------------------ figures, of the runs of a single p and, but for plot_sizes, size
 def about(found):
     """What the runs have in common, for captions."""
     run = next(iter(found))
     task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}, {run.n_embd} channels"
     steps = f"{run.max_iters} steps of {run.batch_size} sequences"
     return f"{task}; {steps}; {mg.seeds_of(found)}"
-
-
-def draw_bars(ax, lines, x, **labels):
-    """{name: [y of each seed]} -> bars side by side at each x: mean, standard deviation."""
-    width = 0.8 / len(lines)
-    for n, (arm, runs) in enumerate(lines.items()):
-        colour, _, marker = mg.look(arm)
-        y = np.array(runs)  # (seeds, len(x))
-        at = np.array(x) + (n + 0.5) * width - 0.4
-        sd = y.std(0, ddof=1) if len(y) > 1 else None
-        label = mg.GLOSS.get(arm, arm)
-        ax.bar(at, y.mean(0), width, yerr=sd, color=colour, label=label, error_kw=dict(lw=0.8))
-        ax.plot(at, y.mean(0), marker, markersize=3, color=colour)  # a bar of 0 is seen, too
-    ax.set(**labels)
-    ax.legend(fontsize=8, frameon=False)
 
 
 def plot_evidence(found, path):
@@ -377,8 +359,6 @@ def plot_sequence(run, models, path):
     top.bar(n, sines[0, shown].numpy(), color="#dddddd", label="true")
     low.bar(n, y[0, shown].numpy(), color="#dddddd", label="needed")
     for arm in ("vanilla", "myopic"):
-        if arm not in models:
-            continue
         model, (colour, _, marker) = models[arm], mg.look(arm)
         with torch.no_grad():
             state = model.hidden_states(x)[1].double()  # (512, T, C)
@@ -411,8 +391,9 @@ def plot_patch(found, path):
     inside = slopes[run.arm][:, 1 : run.a + 1].mean()
     fig, ((ax,),) = mg.new_figure(width=7)
     ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0)
-    draw_bars(ax, slopes, range(K), xlabel="answers so many positions later", xticks=range(K))
-    ax.set(ylabel="slope: moved / expected")
+    mg.draw_arms(ax, range(K), slopes, xlabel="answers so many positions later", xticks=range(K))
+    ax.axhline(1, color="#999999", linewidth=0.8)
+    ax.set_ylabel("slope: moved / due")
     fig.suptitle(f"One state exchanged: {run.arm}'s answers move by {inside:.2f} of what is due")
     mg.save_figure(fig, path, "shaded: the answers that sum that sine\n" + about(found))
 
@@ -544,18 +525,15 @@ def report(found, args):
     mg.plot_lags(shown, folder / "precache_lags.png", args.run.a, about(shown))
     if len(sizes) > 1:
         plot_sizes(of_p, folder / "precache_size.png")
-    kept = f"it takes what is kept of vanilla's seed {args.seed}"
-    if "vanilla" in models:
+    if {"vanilla", "myopic"} <= models.keys():
         run = next(iter(shown))  # of the first seed
         plot_sequence(run, models, folder / "precache_sequence.png")
         plot_gradients(models["vanilla"], run, folder / "precache_gradients.png")
-    else:
-        mg.skip_figure(folder / "precache_sequence.png", kept)
-        mg.skip_figure(folder / "precache_gradients.png", kept)
-    if {"vanilla", "myopic"} <= films.keys():
         draw_film(shown, films, folder / "precache.gif")
     else:
-        mg.skip_figure(folder / "precache.gif", f"{kept}, and of myopic's")
+        for name in ("precache_sequence.png", "precache_gradients.png", "precache.gif"):
+            why = f"it takes what is kept of vanilla's and myopic's seed {args.seed}"
+            mg.skip_figure(folder / name, why)
     print(f"open {folder / 'precache.png'} first")
 
 

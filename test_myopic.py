@@ -35,7 +35,8 @@ ROOT = Path(mg.__file__).parent
 TYPES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}  # and their tolerance
 DEVICES = list(itertools.product(["cpu"], TYPES))
 DEVICES += [(d, torch.float32) for d in ("cuda", "mps") if getattr(torch, d).is_available()]
-DEVICES += [("cuda", torch.bfloat16)] * torch.cuda.is_available()
+if torch.cuda.is_available():
+    DEVICES.append(("cuda", torch.bfloat16))
 
 
 def nothing(*args):
@@ -128,23 +129,23 @@ def literal_gradient(model, idx, targets, which, owner, frozen=None):
     copies = [copy.deepcopy(model) for _ in range(T)]
     losses = literal_losses(copies, idx, targets, owner, frozen)
     total = {name: torch.zeros_like(p) for name, p in trained(model).items()}
-    for i, j in itertools.product(range(T), range(T)):
-        if which == "all" or i == j:
-            of_j = list(trained(copies[j]).values())
-            grads = torch.autograd.grad(losses[i], of_j, retain_graph=True, allow_unused=True)
-            for name, grad in zip(total, grads):
-                if grad is not None:
-                    total[name] += grad
+    for j in range(T):
+        loss = losses[j] if which == "diagonal" else sum(losses)
+        of_j = list(trained(copies[j]).values())
+        grads = torch.autograd.grad(loss, of_j, retain_graph=True, allow_unused=True)
+        for name, grad in zip(total, grads):
+            if grad is not None:
+                total[name] += grad
     return total
 
 
-ALL = [("vanilla", "all", "writer")]  # for which the owner does not matter
-DIAGONAL = [("myopic", "diagonal", "reader"), ("myopic_kv", "diagonal", "writer")]
-SHAPES = [(1, 1, True, 1), (1, 3, False, 5), (2, 2, True, 3), (2, 1, False, 4), (3, 3, False, 2)]
+ARMS = [("myopic", "diagonal", "reader"), ("myopic_kv", "diagonal", "writer")]
+ARMS += [("vanilla", "all", "writer")]  # for which the owner does not matter
+SHAPES = [(1, 1, True, 1), (1, 3, False, 5), (2, 2, True, 3), (2, 1, False, 4), (3, 2, True, 5)]
 
 
-@pytest.mark.parametrize("n_layer, n_head, bias, T", [*SHAPES, (3, 2, True, 5)])
-@pytest.mark.parametrize("arm, which, owner", ALL + DIAGONAL)
+@pytest.mark.parametrize("n_layer, n_head, bias, T", SHAPES)
+@pytest.mark.parametrize("arm, which, owner", ARMS)
 def test_gradient_is_the_definition(n_layer, n_head, bias, T, arm, which, owner):
     model = make_gpt(n_layer=n_layer, n_head=n_head, bias=bias, **mg.ARMS[arm])
     true = literal_gradient(model, *batch(T), which, owner)
@@ -259,7 +260,7 @@ def test_bad_shapes_and_settings_are_refused():
             mg.myopic_attention(*arguments)
 
 
-def test_nothing_is_mutated_and_no_matrix_of_all_pairs_is_kept():
+def test_what_it_saves_is_small_is_not_mutated_and_is_freed_by_the_backward_pass():
     leaves, dy = attention_inputs(9)
     y = mg.myopic_attention(*leaves, 3)
     *_, out = saved = y.grad_fn.saved_tensors
@@ -269,35 +270,19 @@ def test_nothing_is_mutated_and_no_matrix_of_all_pairs_is_kept():
     for _ in range(2):
         torch.autograd.grad(y, leaves, dy, retain_graph=True)
     assert all(torch.equal(t, old) for t, old in zip(tensors, before))
-
-
-def test_it_is_not_differentiated_twice():
-    leaves, dy = attention_inputs(9)
-    y = mg.myopic_attention(*leaves, 3)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(y.sum(), leaves, create_graph=True)
-    torch.autograd.grad(y, leaves, dy)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(y, leaves, dy)
 
-
-def test_what_it_keeps_is_freed_by_the_backward_pass(monkeypatch):
-    kept, attend = [], mg.attend
-
-    def spy(*qkv):
-        tensors = attend(*qkv)
-        kept.extend(weakref.ref(t) for t in tensors)
-        return tensors
-
-    monkeypatch.setattr(mg, "attend", spy)
-    leaves, dy = attention_inputs(9)
-    y = mg.myopic_attention(*leaves, 3)
+    kept = [weakref.ref(t) for t in saved[2:]]  # q, k, v, O
+    del saved, out, tensors
     gc.collect()
     assert all(ref() is not None for ref in kept)
     gc.disable()  # freed at once, by counting references: there is no cycle
     torch.autograd.grad(y, leaves, dy)
     assert all(ref() is None for ref in kept)
     gc.enable()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, dy)
 
 
 def test_lengths_and_batches_of_none():
@@ -312,23 +297,14 @@ def test_lengths_and_batches_of_none():
 
 
 # ------------------------ facts about the idea
-def test_nanogpt_weights_load_and_one_line_makes_its_attention_myopic():
+def test_nanogpt_weights_load():
     layers = {"ln_f": (12,), "h.0.ln_1": (12,), "h.0.ln_2": (12,), "h.0.attn.c_attn": (36, 12)}
     layers |= {"h.0.attn.c_proj": (12, 12), "h.0.mlp.c_fc": (48, 12), "h.0.mlp.c_proj": (12, 48)}
     state = {f"transformer.{n}.bias": torch.zeros(shape[0]) for n, shape in layers.items()}
     layers |= {"wte": (11, 12), "wpe": (8, 12)}
     state |= {f"transformer.{n}.weight": torch.randn(shape) for n, shape in layers.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    model, x = make_gpt(n_layer=1, n_head=3), torch.randn(2, 6, 12).double().requires_grad_()
-    model.load_state_dict(state, strict=True)
-    c_attn = model.transformer.h[0].attn.c_attn
-    q, k, v = mg.heads(x, c_attn.weight, c_attn.bias, 3)
-    usual = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    myopic = mg.myopic_attention(x, c_attn.weight, c_attn.bias, 3)
-    assert relative_error(myopic, usual) < 1e-12
-    for y, writers in ((usual, 5), (myopic, 1)):
-        (dx,) = torch.autograd.grad(y[:, 4].sum(), x)
-        assert (dx.norm(dim=(0, 2)) > 0).sum() == writers
+    make_gpt(n_layer=1, n_head=3).load_state_dict(state, strict=True)
 
 
 def test_two_streams_with_a_detached_past_are_myopic():
@@ -348,8 +324,8 @@ def test_bigram_and_local_myopic():
     local = make_gpt(teacher=teacher, **mg.ARMS["local_myopic"]).train()
     assert all(not p.requires_grad for p in teacher.parameters())
     dropping = make_gpt(teacher=make_gpt(), dropout=0.5, **mg.ARMS["local_myopic"])
-    first, again = (dropping.hidden_states(idx)[0] for _ in "ab")
-    assert not torch.equal(first, again)  # its own states do drop out
+    first = dropping.hidden_states(idx)[0]
+    assert not torch.equal(dropping.hidden_states(idx)[0], first)  # its own states do drop out
     before = local(idx)[0][:, 4:]
     assert torch.equal(local(idx)[0][:, 4:], before)  # the teacher does not drop out
     frozen, states = [], teacher.eval().hidden_states(idx)
@@ -376,7 +352,6 @@ def test_generate_is_causal_and_refuses_what_it_cannot_do():
 
 def test_dropout_acts_in_training_alone():
     model, (idx, _) = make_gpt(dropout=0.5, n_layer=1), batch(6)
-    assert relative_error(model(idx)[0], model(idx)[0]) > 0.01
     drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     assert [m.p for m in drops] == [0.5] * 3
     for kept in drops:  # each of the three acts
@@ -397,20 +372,12 @@ def test_every_parameter_has_one_optimizer_and_one_decay(muon, n):
         for group in optimizer.param_groups:
             found += [(names[id(p)], group["weight_decay"]) for p in group["params"]]
     assert optimizers[0].defaults["betas"] == (0.9, 0.95)
+    if n:  # one rate fits both
+        assert optimizers[1].defaults["adjust_lr_fn"] == "match_rms_adamw"
     true = {name: 0.1 * (p.dim() > 1) for name, p in trained(model).items()}  # AdamW
     matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     true |= {f"transformer.h.0.{matrix}.weight": 0.3 for matrix in matrices[:n]}  # Muon
     assert dict(found) == true and len(found) == len(true)
-
-
-def test_muon_moves_a_matrix_as_far_as_adamw_would():
-    model = make_gpt(torch.float32, n_embd=64)
-    _, muon = mg.configure_optimizers(model, mg.TextRun(muon_decay=0, muon_rate=0.1))
-    matrix = model.transformer.h[0].mlp.c_fc.weight
-    before = matrix.detach().clone()
-    matrix.grad = torch.randn_like(matrix)
-    muon.step()
-    assert (matrix - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.1, rel=0.2)
 
 
 def test_rates_and_start_values():
@@ -432,25 +399,14 @@ def test_rates_and_start_values():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_learns_and_stops_at_a_loss_that_is_not_finite(monkeypatch, dtype):
-    model = mg.GPT(mg.GPTConfig(8, 11, 2, 2, 16, horizon=0))
-    run = mg.TextRun(max_iters=30, dtype=dtype)
-    x, y = torch.arange(8).repeat(4, 1), torch.arange(1, 9).repeat(4, 1)
-    optimizers, before = mg.configure_optimizers(model, run), model(x, y)[1].item()
+def test_a_step_is_clipped_and_takes_its_products_in_the_dtype(monkeypatch, dtype):
+    model = make_gpt(torch.float32)
+    run = mg.TextRun(max_iters=1, grad_clip=0.01, warmup=0, dtype=dtype)
     monkeypatch.setattr(mg, "attend", Mock(wraps=mg.attend))
-    mg.train(model, optimizers, lambda step: (x, y), run, nothing)
-    assert mg.attend.call_args[0][0].dtype == getattr(torch, dtype)
-    assert model(x, y)[1].item() < 0.5 * before
-    torch.nn.init.constant_(model.lm_head.weight, math.inf)
-    with pytest.raises(mg.UsageError, match="loss is nan at step 10 .*--learning_rate"):
-        mg.train(model, optimizers, lambda step: (x, y), run, nothing)
-
-
-def test_the_gradient_is_clipped():
-    model, run = make_gpt(torch.float32), mg.TextRun(max_iters=1, grad_clip=0.01, warmup=0)
     before = [p.detach().clone() for p in model.parameters()]
     plain = torch.optim.SGD(model.parameters(), 1.0)
     mg.train(model, [plain], lambda step: batch(6), run, nothing)
+    assert mg.attend.call_args[0][0].dtype == getattr(torch, dtype)
     assert all(p.grad is None for p in model.parameters())  # nothing is left for the next step
     moved = [(p - old).flatten() for p, old in zip(model.parameters(), before)]
     assert torch.cat(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
@@ -497,7 +453,7 @@ def test_the_numbers_of_a_record_are_of_the_right_text(monkeypatch):
     settings = dict(block_size=3, max_iters=2, learning_rate=0, wave_std=0.5, dropout=0.5)
     run = mg.TextRun(eval_windows=1, **settings)
     model, numbers, _ = mg.train_text((b"d" * 40, b"9 ab" * 10), run, "cpu", nothing)
-    a, b, d = b"abd"
+    a, b, d = ord("a"), ord("b"), ord("d")
     mean = pytest.approx((32 + a + b) / 3)
     assert numbers["train_loss"] == d and numbers["val_loss"] == mean
     assert numbers["curve"] == [[1, d, mean], [2, d, mean]]
@@ -565,7 +521,7 @@ def test_a_new_field_loses_no_record_and_a_changed_default_does(tmp_path):
         assert (kind(seed=3) in mg.read_runs(tmp_path, kind)) == is_found
     path = mg.run_path(tmp_path, run)
     path.write_text(path.read_text("utf-8")[:-3], "utf-8")
-    with pytest.raises(mg.UsageError, match="delete it"):
+    with pytest.raises(mg.UsageError, match=f"{path.name}: .*delete it"):
         mg.read_runs(tmp_path, mg.TextRun)
 
 
@@ -577,28 +533,15 @@ def test_a_file_is_whole_or_not_there_and_a_full_disk_costs_the_arrays_alone(tmp
     (tmp_path / "runs").mkdir()
     with pytest.raises(mg.UsageError, match="No space left"):
         mg.write_whole(tmp_path / "figure", fail)
+    run, arrays = mg.TextRun(), dict(a=np.zeros(2))
     monkeypatch.setattr(np, "savez_compressed", fail)
-    run = mg.TextRun()
-    mg.save_run(tmp_path, run, asdict(run), dict(a=np.zeros(2)))
+    mg.save_run(tmp_path, run, asdict(run), arrays)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files == [mg.run_path(tmp_path, run)]
     written = Mock()
     monkeypatch.setattr(mg, "write_whole", written)
-    mg.save_run(tmp_path, run, asdict(run), dict(a=np.zeros(2)))  # a record says: all is there
+    mg.save_run(tmp_path, run, asdict(run), arrays)  # a record says: all is there
     assert [c.args[0].suffix for c in written.call_args_list] == [".npz", ".json"]
-
-
-def test_weights_are_kept_whatever_their_size(tmp_path):
-    run = mg.TextRun(n_embd=300, n_layer=1)
-    model = mg.GPT(run.config(256))
-    for p in model.parameters():
-        torch.nn.init.normal_(p)
-    _, arrays = mg.train_one_run(lambda *_: (model, {}, {}), run, "cpu", nothing)
-    (tmp_path / "runs").mkdir()
-    mg.save_run(tmp_path, run, asdict(run), arrays)
-    again = mg.load_weights(mg.GPT(run.config(256)), mg.read_arrays(tmp_path, run))
-    assert_agree(trained(again), trained(model), 1e-3)
-    assert not again.training and mg.read_arrays(tmp_path, mg.TextRun()) is None
 
 
 # ------------------------ the command
@@ -668,20 +611,20 @@ def test_arms_share_start_and_batches_and_seeds_share_none(tmp_path, monkeypatch
         assert record["curve"][-1] == [4, record["train_loss"], record["val_loss"]]
         assert record["data_sha256"] == hashlib.sha256(b"%d " % cut + text).hexdigest()
     run = mg.TextRun(**{f.name: records["vanilla", 0][f.name] for f in fields(mg.TextRun)})
-    assert mg.read_arrays(tmp_path / "OUT", run)["y"][0].tobytes() == text[cut:][1:9]
+    arrays = mg.read_arrays(tmp_path / "OUT", run)
+    assert arrays["y"][0].tobytes() == text[cut:][1:9]
+    again = mg.load_weights(mg.GPT(run.config(256)), arrays)  # kept in half precision
+    assert_agree(trained(again), vanilla.end, 1e-3)
+    assert not again.training and mg.read_arrays(tmp_path / "OUT", mg.TextRun()) is None
 
+    assert call(tmp_path, FOUR) == records and len(models) == 5  # trained once
+    assert call(tmp_path, "--arms bigram --fresh") == records and len(models) == 6
+    assert call(tmp_path, FOUR + " --jobs 2", "TWO") == records
     call(tmp_path, "--arms vanilla --seed 1")
     assert not torch.equal(models[-1].batches[0][0], x)
     wte = "transformer.wte.weight"
     assert relative_error(models[-1].start[wte], vanilla.start[wte]) > 1
 
-
-def test_a_run_is_the_same_whenever_it_is_trained_and_trained_once(tmp_path, monkeypatch):
-    models = watch_training(monkeypatch)
-    records = call(tmp_path, FOUR)
-    assert call(tmp_path, FOUR) == records and len(models) == 5
-    assert call(tmp_path, "--arms bigram --fresh") == records and len(models) == 6
-    assert call(tmp_path, FOUR + " --jobs 2", "TWO") == records
     monkeypatch.setattr(mg, "report", Mock())
     call(tmp_path, "--arms local_myopic bigram")
     found, _ = mg.report.call_args[0]  # the runs asked for, in that order
@@ -704,22 +647,22 @@ def test_only_the_runs_asked_for_are_drawn_and_what_cannot_be_is_said(
     assert len(mg.read_runs(tmp_path / "OUT", mg.TextRun)) == 4  # nothing was trained
 
 
-def test_sizes_are_swept_and_drawn(tmp_path):
-    call(tmp_path, "--arms vanilla myopic --sizes 1x16 2x16 1x32")
+def test_sizes_are_swept_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(mg, "shares_of_bigram", lambda found, arm: [5])
+    call(tmp_path, "--arms vanilla --sizes 1x16 2x16 1x32")
     runs = mg.read_runs(tmp_path / "OUT", mg.TextRun)
     shapes = {(run.n_layer, run.n_embd, run.n_head) for run in runs}
     assert shapes == {(1, 16, 1), (2, 16, 1), (1, 32, 2)}
     assert (tmp_path / "OUT" / "text_size.png").exists()
-    call(tmp_path, "--arms bigram --sizes 1x16 2x16")  # nothing to draw: no empty figure stays
+    monkeypatch.undo()
+    call(tmp_path, "--arms myopic --sizes 1x16 2x16")  # nothing to draw: no empty figure stays
     assert not (tmp_path / "OUT" / "text_size.png").exists()
-    runs = mg.flags(["--preset", "full", "--n_layer", "4"]).runs  # by hand: not the preset's sizes
-    assert {(run.n_layer, run.n_embd) for run in runs} == {(4, 96)}
+    runs = mg.flags(["--preset", "full", "--n_layer", "3"]).runs  # by hand: not the preset's sizes
+    assert {(run.n_layer, run.n_embd) for run in runs} == {(3, 96)}
 
 
 BAD = [
     ("--learning_rate nan", "learning_rate is nan"),
-    ("--n_embd 7 --n_head 2", "n_embd is 7"),
-    ("--arms no_such", "arm no_such is unknown"),
     ("--sizes 3by4", "size 3by4"),
     ("--data LATIN", "LATIN"),
     ("--data NO_FILE", "NO_FILE"),
@@ -730,7 +673,7 @@ BAD = [
     ("--pre demo", "unrecognized arguments"),
     ("--plot_only", "none of these runs"),
     ("--max_iters 1 --learning_rate 1e30", "--learning_rate"),
-    ("--arms myopic --learning_rate 1e30 --jobs 2", "loss is nan at step 4 of myopic, seed 0"),
+    ("--arms myopic --learning_rate 1e30 --jobs 2", "myopic, seed 0: loss nan at step 4"),
 ]
 
 
@@ -838,8 +781,8 @@ def test_the_report_of_english(shown, tmp_path, monkeypatch):
     numbers = ["3.000 ± 1.414", "9.000 ± 0.000", "2.000 ± 1.414", "50.0 ± 35.4"]
     assert of_large == ["3x96", "7", "myopic", *numbers, "so"]
     assert "myopic 2.00 ± 1.41" in title(shown["text_gaps.png"])  # of the largest
-    in_nats, in_share = shown["text_size.png"].axes
-    assert [1, 2] in heights(in_nats) and [50, 50] in heights(in_share)
+    (ax,) = shown["text_size.png"].axes
+    assert [50, 50] in heights(ax)
 
 
 def test_a_line_of_sizes_joins_models_that_differ_in_one_thing():
@@ -907,12 +850,12 @@ def test_sample_batch_is_the_definition():
         x, z = xs[s, :, 0].double(), xs[s, n, 1].item()
         past = sum(math.sin(b * x[n - i]) for i in range(1, a + 1) if n - i >= 0)
         assert z in (0, 1) and abs(ys[s, n].item() - (z * past + (1 - z) * x[n].item())) < 1e-5
-    x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
-    assert abs(x[..., 1].mean() - 0.3) < 0.01 and abs(x[..., 0].std() - 1) < 0.01
 
 
 def test_losses_are_huber_over_p_and_beside_the_trivial_predictors():
     x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
+
+    assert abs(x[..., 1].mean() - 0.3) < 0.01 and abs(x[..., 0].std() - 1) < 0.01
 
     def trivial(x):
         return (1 - x[..., 1]) * x[..., 0], None
@@ -951,7 +894,7 @@ def test_r_squared_is_centred_and_the_probe_is_held_out():
     knows.hidden_states = hidden_states
     r2, x, estimate = synthetic.probe_model(knows, run, 600, "cpu")
     assert r2[1] == pytest.approx([1, 0, 1, 0, 0, 0], abs=0.02)
-    assert max(np.abs(r2[0] + r2[2])) < 0.02
+    assert np.max(np.abs([r2[0], r2[2]])) < 0.02
     assert estimate == pytest.approx(np.sin(4 * x), abs=0.02)
 
 
@@ -1001,18 +944,18 @@ def test_training_and_evaluation_draw_what_they_should(monkeypatch):
     assert numbers["lag_share"] == dict(start="before", end="after")
 
 
-def sine_model(**arm):
+def sine_model():
     """A small model of the sine task in float64 with random weights, and a batch."""
     torch.manual_seed(0)
-    model = synthetic.SineModel(mg.GPTConfig(9, 1, 2, 2, 12, **arm)).double()
+    model = synthetic.SineModel(mg.GPTConfig(9, 1, 2, 2, 12)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x, y = synthetic.sample_batch(4, 9, 0.7, 3, 4.0, torch.Generator().manual_seed(0))
     return model, x.double(), y.double()
 
 
-def text_model(**arm):
-    return make_gpt(**arm), *batch(8)
+def text_model():
+    return make_gpt(), *batch(8)
 
 
 def test_the_sine_model_starts_with_waves_and_answers_from_any_layer():
@@ -1027,6 +970,8 @@ def test_the_sine_model_starts_with_waves_and_answers_from_any_layer():
     other_seed = synthetic.make_model(replace(run, seed=1))
     assert relative_error(other_seed.read_in.weight, model.read_in.weight) > 1
     model, x, y = sine_model()
+    with pytest.raises(mg.UsageError, match="block_size allows 9"):
+        model(torch.zeros(1, 10, 2).double())
     assert isinstance(model.transformer.h[0].mlp.gelu, torch.nn.ReLU)
     guess, loss = model(x, y)
     for done, state in enumerate(model.hidden_states(x)):
@@ -1044,7 +989,7 @@ def test_a_loss_reaches_the_embedding_through_two_layers_and_layer_1_through_one
     for i, j in itertools.product(range(9), range(9)):
         assert [t[i, j] > 1e-9 for t in tables[:2]] == [0 <= i - j <= n for n in REACH[arm]]
         assert (tables[2][i, j] > 1e-9) == (i == j)
-    assert model.transformer.h[0].attn.horizon is None  # as_arm copies
+    assert model.config.horizon is None  # as_arm copies
     states = mg.as_arm(model, arm).hidden_states(x)
     own_loss = model.position_losses(states[2], y)[:, 5].sum()
     (d_state,) = torch.autograd.grad(own_loss, states[1])  # (B, T, C)
@@ -1064,13 +1009,9 @@ def test_parts_by_lag_add_up_to_the_gradient(make):
         for n, g in enumerate((whole[12:24], whole[24:])):  # W_K, then W_V
             own = (parts[0, 12 * n : 12 * n + 12] * g).sum() / g.square().sum()
             assert share[n][0] == pytest.approx(own.item(), abs=1e-4)
-            assert sum(share[n]) == pytest.approx(1, abs=1e-3)
     # lag 0 alone is what the writer's account leaves: dW_K, dW_V of the cut "kv" in the last layer
     kv = gradients(mg.as_arm(model, "myopic_kv"), x, y)["transformer.h.1.attn.c_attn.weight"]
     assert relative_error(by_lag[1, 0], kv[12:]) < 1e-10
-    for arm in ("myopic", "myopic_kv"):  # or the tests of the definition would be empty
-        cut = gradients(mg.as_arm(model, arm), x, y)["transformer.h.0.attn.c_attn.weight"]
-        assert relative_error(cut, true[0]) > 0.05
 
 
 def test_vanilla_plans_ahead_and_myopic_does_not():
@@ -1122,7 +1063,7 @@ def sine_records(starts, p=1.0, n_embd=64):
     return found
 
 
-def test_the_report_of_sines(shown, tmp_path):
+def test_the_report_of_sines(shown, tmp_path, capsys):
     found = sine_records(dict(vanilla=5), p=0.5)
     found |= sine_records(dict(vanilla=4, myopic=4), n_embd=32)
     found |= sine_records(dict(vanilla=1, myopic=5))
@@ -1141,54 +1082,42 @@ def test_the_report_of_sines(shown, tmp_path):
     assert heights(right)[0] == pytest.approx([0.25, 0.5])  # a dot for each seed
 
     assert "vanilla's answers move by 0.30" in title(shown["precache_patch.png"])
-    shade, *bars = shown["precache_patch.png"].axes[0].patches
-    assert (shade.get_x(), shade.get_x() + shade.get_width()) == (0.5, 3.5)
-    assert [bar.get_height() for bar in bars[:6]] == pytest.approx([9, 0.3, 0.3, 0.3, 9, 9])
-    low, high = shown["precache_patch.png"].axes[0].collections[0].get_segments()[1][:, 1]
-    assert high - low == pytest.approx(2 * 0.1414, abs=1e-4)  # the standard deviation, both ways
+    (ax,) = shown["precache_patch.png"].axes
+    assert (ax.patches[0].get_x(), ax.patches[0].get_width()) == (0.5, 3)
+    assert heights(ax)[0] == pytest.approx([9, 0.3, 0.3, 0.3, 9, 9])
 
     lags = shown["precache_lags.png"]
-    assert title(lags).startswith("30 ± 0 % of the last layer's W_V gradient is from the next 3")
-    assert "counting: 38 %" in title(lags)
+    assert "40 ± 0 % is from later positions, 30 ± 0 % from the next 3" in title(lags)
+    assert "by counting: 85 and 38 %" in capsys.readouterr().out
     untrained, trained, by_count = heights(lags.axes[1])
     assert max(untrained) == 0 and trained[:4] == pytest.approx([0.6, 0.1, 0.1, 0.1])
     assert by_count[0] == pytest.approx(12 / 78) and sum(by_count) == pytest.approx(1)
 
     for ax, points in zip(shown["precache_size.png"].axes, ([0, 40], [1.125, 0.375])):
-        assert any(line == pytest.approx(points) for line in heights(ax) if len(line) == 2)
-
-
-class Film:
-    """In place of FuncAnimation: keeps the titles of the frames, and what the last one shows."""
-
-    def __init__(self, fig, frame, frames, init_func):
-        self.titles = []
-        for n in frames:
-            frame(n)
-            self.titles.append(title(fig))
-        Film.made, self.shown = self, [heights(ax) for ax in fig.axes]
-
-    def save(self, path, writer):
-        path.touch()
+        assert pytest.approx(points) in heights(ax)
 
 
 def test_pictures_of_trained_models_are_of_the_first_seed(shown, tmp_path, monkeypatch):
     found = sine_records(dict(vanilla=1, myopic=5))
-    (tmp_path / "runs").mkdir()
+    kept = {}
     for n, run in enumerate(found):
         weights = synthetic.make_model(run).state_dict().items()
-        arrays = {f"weights.{name}": weight.numpy() for name, weight in weights}
-        arrays["film"] = np.arange(12).reshape(3, 2, 2) / 12 + n  # frames, (x, estimate), points
-        mg.save_run(tmp_path, run, found[run], arrays)
-    monkeypatch.setattr(synthetic, "FuncAnimation", Film)
+        kept[run] = {f"weights.{name}": weight.numpy() for name, weight in weights}
+        kept[run]["film"] = np.arange(12).reshape(3, 2, 2) / 12 + n  # frames, (x, estimate), points
+    monkeypatch.setattr(mg, "read_arrays", lambda folder, run: kept[run])
+    monkeypatch.setattr(mg, "write_whole", nothing)
+    monkeypatch.setattr(synthetic, "FuncAnimation", Mock())
     run = next(iter(found))
     synthetic.report(found, SimpleNamespace(out_dir=tmp_path, seed=0, run=run))
 
-    film = Film.made
-    assert film.titles[0].endswith("sin(2.0·x)") and film.titles[-1].endswith("sin(10.0·x)")
-    for (_, dots), n in zip(film.shown[:2], (0, 2)):  # seed 0 of vanilla and of myopic
+    (film, frame), settings = synthetic.FuncAnimation.call_args
+    for n, sine in ((settings["frames"][0], "sin(2.0·x)"), (settings["frames"][-1], "sin(10.0·x)")):
+        frame(n)
+        assert title(film).endswith(sine)
+    shown_last = [heights(ax) for ax in film.axes]
+    for (_, dots), n in zip(shown_last[:2], (0, 2)):  # seed 0 of vanilla and of myopic
         assert dots == pytest.approx([10 / 12 + n, 11 / 12 + n])
-    assert [lines[1] for lines in film.shown[2:]] == [[1, 0.9, 0.1], [1, 0.9, 0.5]]
+    assert [lines[1] for lines in shown_last[2:]] == [[1, 0.9, 0.1], [1, 0.9, 0.5]]
 
     for ax, reach in zip(shown["precache_gradients.png"].axes, (11, 8, 0)):
         is_drawn = ~np.ma.getmaskarray(ax.images[0].get_array())
@@ -1224,7 +1153,7 @@ def test_readme_shows_what_its_examples_print(monkeypatch, capsys):
     for code, printed in shown:
         exec(code, {})
         assert capsys.readouterr().out == printed
-    assert len(shown) == 2
+    assert len(shown) == 3
 
 
 def test_numbers_in_the_tables_are_those_of_the_records():
