@@ -390,7 +390,9 @@ def test_rates_and_start_values():
         model.eval()
         seen.extend(group["lr"] for part in optimizers for group in part.param_groups)
 
-    mg.train(model, optimizers, lambda step: batch(6), run, nothing, after_step)
+    progress = Mock()
+    mg.train(model, optimizers, lambda step: batch(6), run, progress, after_step)
+    assert progress.call_args[0][0] == 4
     assert seen == pytest.approx([0.1, 0.1, 0.2] + 2 * [0.2, 0.2, 0.4] + [0.1, 0.1, 0.2])
     for name, p in mg.GPT(mg.GPTConfig(64, 200, 8, 2, 128)).named_parameters():
         std = 0.005 if name.endswith("c_proj.weight") else 0.02 * (p.dim() == 2)
@@ -1010,8 +1012,11 @@ def test_parts_by_lag_add_up_to_the_gradient(make):
             own = (parts[0, 12 * n : 12 * n + 12] * g).sum() / g.square().sum()
             assert share[n][0] == pytest.approx(own.item(), abs=1e-4)
     # lag 0 alone is what the writer's account leaves: dW_K, dW_V of the cut "kv" in the last layer
-    kv = gradients(mg.as_arm(model, "myopic_kv"), x, y)["transformer.h.1.attn.c_attn.weight"]
+    myopic = mg.as_arm(model, "myopic_kv")
+    kv = gradients(myopic, x, y)["transformer.h.1.attn.c_attn.weight"]
     assert relative_error(by_lag[1, 0], kv[12:]) < 1e-10
+    with pytest.raises(mg.UsageError, match="vanilla"):
+        mg.lag_shares(myopic, x, y)
 
 
 def test_vanilla_plans_ahead_and_myopic_does_not():
