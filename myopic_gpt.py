@@ -859,7 +859,7 @@ def seeds_of(found):
 
 
 def plot_lags(found, path, last, caption):
-    """Whom W_V serves, by lag; the title sums up all later readers, and the next `last`."""
+    """Whom W_V serves, by lag; in words also the sum over all later readers, and the next `last`."""
     records = per_seed(found, "vanilla", "lag_share")
     if not records:
         skip_figure(path, "it takes vanilla")
@@ -877,16 +877,14 @@ def plot_lags(found, path, last, caption):
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of W_V's gradient")
     axes[0].legend(fontsize=8, frameon=False)
-    shares, counted = [], []
+    shares = []
     for stop in (T, last + 1):
-        shares.append(mean_sd(100 * trained[:, -1, 1, 1:stop].sum(1), 0))
-        counted.append(f"{100 * by_count[1:stop].sum():.0f}")
-    finding = f"{shares[0]} % is from later positions, {shares[1]} % from the next {last}"
-    finding = f"Of the last layer's W_V gradient {finding}"
+        share = mean_sd(100 * trained[:, -1, 1, 1:stop].sum(1), 0)
+        shares.append(f"{share} % (by counting {100 * by_count[1:stop].sum():.0f} %)")
+    finding = f"Of the last layer's W_V gradient, later positions give {shares[0]}"
     fig.suptitle(finding, fontsize=11)
-    by_counting = f"by counting: {' and '.join(counted)} %"
-    save_figure(fig, path, f"vanilla; shares add up to 1; {by_counting}\n{caption}")
-    print(f"    {finding}; {by_counting}")
+    save_figure(fig, path, f"vanilla; shares add up to 1, and may be negative\n{caption}")
+    print(f"    {finding}; the next {last}: {shares[1]}")
 
 
 def draw_sizes(ax, values, ylabel):

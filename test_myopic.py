@@ -1092,8 +1092,8 @@ def test_the_report_of_sines(shown, tmp_path, capsys):
     assert heights(ax)[0] == pytest.approx([9, 0.3, 0.3, 0.3, 9, 9])
 
     lags = shown["precache_lags.png"]
-    assert "40 ± 0 % is from later positions, 30 ± 0 % from the next 3" in title(lags)
-    assert "by counting: 85 and 38 %" in capsys.readouterr().out
+    assert title(lags).endswith("later positions give 40 ± 0 % (by counting 85 %)")
+    assert "the next 3: 30 ± 0 % (by counting 38 %)" in capsys.readouterr().out
     untrained, trained, by_count = heights(lags.axes[1])
     assert max(untrained) == 0 and trained[:4] == pytest.approx([0.6, 0.1, 0.1, 0.1])
     assert by_count[0] == pytest.approx(12 / 78) and sum(by_count) == pytest.approx(1)
