@@ -859,7 +859,7 @@ def seeds_of(found):
 
 
 def plot_lags(found, path, last, caption):
-    """Whom W_V serves, by lag; in words also the sum over all later readers, and the next `last`."""
+    """Whom W_V serves, by lag; in words: all later readers, and the next `last`."""
     records = per_seed(found, "vanilla", "lag_share")
     if not records:
         skip_figure(path, "it takes vanilla")
