@@ -377,6 +377,7 @@ def plot_sequence(run, models, path):
     top.set_ylabel(f"sin({run.b:g}·x)")
     low.set(xlabel="position n", ylabel="answer", xticks=n)
     for ax in (top, low):
+        ax.margins(y=0.15)
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     mg.save_figure(fig, path, f"held out; p = {run.p:g}, seed {run.seed}")
 

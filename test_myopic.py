@@ -1068,7 +1068,7 @@ def sine_records(starts, p=1.0, n_embd=64):
     return found
 
 
-def test_the_report_of_sines(shown, tmp_path, capsys):
+def test_the_report_of_sines(shown, tmp_path):
     found = sine_records(dict(vanilla=5), p=0.5)
     found |= sine_records(dict(vanilla=4, myopic=4), n_embd=32)
     found |= sine_records(dict(vanilla=1, myopic=5))
@@ -1092,8 +1092,8 @@ def test_the_report_of_sines(shown, tmp_path, capsys):
     assert heights(ax)[0] == pytest.approx([9, 0.3, 0.3, 0.3, 9, 9])
 
     lags = shown["precache_lags.png"]
-    assert title(lags).endswith("later positions give 40 ± 0 % (by counting 85 %)")
-    assert "the next 3: 30 ± 0 % (by counting 38 %)" in capsys.readouterr().out
+    assert "later positions give 40 ± 0 % (by counting 85 %)" in title(lags)
+    assert "the next 3 positions 30 ± 0 % (by counting 38 %)" in title(lags)
     untrained, trained, by_count = heights(lags.axes[1])
     assert max(untrained) == 0 and trained[:4] == pytest.approx([0.6, 0.1, 0.1, 0.1])
     assert by_count[0] == pytest.approx(12 / 78) and sum(by_count) == pytest.approx(1)
