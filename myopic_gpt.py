@@ -664,14 +664,10 @@ def train_text(text, run, device, report_progress):
             curve.append([done, train_losses.mean().item(), val_losses.mean().item()])
 
     few = held_out[:: 1 + len(held_out) // 32].long()  # (32 or less, T + 1)
-    shares = {}
     if run.arm == "vanilla":
-        shares["start"] = lag_shares(model, few[:, :-1], few[:, 1:])
+        at_start = lag_shares(model, few[:, :-1], few[:, 1:])
     train(model, configure_optimizers(model, run), next_batch, run, report_progress, after_step)
     require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
-    if run.arm == "vanilla":
-        shares["end"] = lag_shares(model, few[:, :-1], few[:, 1:])
-
     losses, y = token_losses(model, held_out, run.eval_windows)  # (N, T) each
     place = letter_places(y)
     by_letter = []
@@ -687,8 +683,9 @@ def train_text(text, run, device, report_progress):
         loss_by_letter=by_letter,
         sample=bytes(sample).decode("latin-1"),
     )
-    if shares:
-        numbers["lag_share"] = shares
+    if run.arm == "vanilla":
+        at_end = lag_shares(model, few[:, :-1], few[:, 1:])
+        numbers["lag_share"] = dict(start=at_start, end=at_end)
     return model, numbers, dict(losses=losses[:64].numpy(), y=y[:64].numpy().astype(np.uint8))
 
 
@@ -1178,12 +1175,11 @@ def train_missing(runs, train_one, headline, args):
 
         results = train_side_by_side(train_one, todo, args.device, args.jobs, report_progress)
         for run, (numbers, arrays) in results:
-            record = asdict(run) | args.stamp | numbers
-            save_run(args.out_dir, run, record, arrays if run.seed == args.seed else None)
+            recorded[run] = asdict(run) | args.stamp | numbers
+            save_run(args.out_dir, run, recorded[run], arrays if run.seed == args.seed else None)
             bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
 
     # in the order of `runs`, whenever they were trained
-    recorded = read_runs(args.out_dir, type(args.run))
     require(recorded.keys() & runs, f"{args.out_dir}: none of these runs: leave out --plot_only")
     return {run: recorded[run] for run in runs if run in recorded}
 
@@ -1226,11 +1222,9 @@ def parse_flags(script, doc, presets, argv, more=()):
         args.out_dir = Path("out", args.preset)
     if args.device == "auto":
         args.device = "cuda" if "cuda" in devices else "cpu"
-    most_jobs = 61  # of Windows
-    if args.jobs is None:  # one for each core that torch may use
-        args.jobs = min(torch.get_num_threads(), most_jobs) if args.device == "cpu" else 1
-    in_range = 1 <= args.jobs <= most_jobs
-    require(in_range, f"jobs is {args.jobs}: give a number from 1 to {most_jobs}")
+    if args.jobs is None:  # one for each core that torch may use; 61 is the most of Windows
+        args.jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
+    require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")
     require(args.seeds >= 1, f"seeds is {args.seeds}: give 1 or more")
     return args
 

@@ -32,12 +32,17 @@ from matplotlib.colors import LogNorm
 import myopic_gpt as mg
 
 
+TRAINING, EVALUATION = 1_000, 10_000  # random seeds: training draws from TRAINING + the run's seed
+LOOKBACKS = 16
+
+
 # ------------------------ a run
 @dataclass(frozen=True)
 class SineRun(mg.Run):
     """A run on the sine task. Training starts with an easier one (see curriculum) in every arm."""
 
     kind = "sines"
+    seed: int = mg.setting(0, "the first seed", most=EVALUATION - TRAINING - 1)
     p: float = 1.0
     a: int = mg.setting(10, "how many sines are summed")
     b: float = mg.setting(10.0, "frequency of the sine")
@@ -61,14 +66,9 @@ class SineRun(mg.Run):
         mg.require(self.b_hold < first, f"b_hold is {self.b_hold}: make it less than {first}")
         enough = self.eval_sequences >= 64
         mg.require(enough, f"eval_sequences is {self.eval_sequences}: give 64 or more")
-        is_seed = self.seed < EVALUATION - TRAINING
-        mg.require(is_seed, f"seed is {self.seed}: above 8,999 are the sequences of evaluation")
         text_only = mg.arm_fields(self.arm)["past"] == "frozen"
         mg.require(not text_only, f"arm {self.arm} is for text: leave it out, or use myopic_gpt.py")
 
-
-TRAINING, EVALUATION = 1_000, 10_000  # random seeds: training draws from TRAINING + the run's seed
-LOOKBACKS = 16
 
 QUICK = SineRun(
     block_size=32,
@@ -279,9 +279,9 @@ def train_sine(run, device, report_progress):
     x, y = sample_task(run, run.eval_sequences, EVALUATION, device)
     batches = torch.Generator().manual_seed(TRAINING + run.seed)
     r2_untrained, _, _ = probe_model(model, run, len(x), device)
-    curve, film, shares = [], [], {}
+    curve, film = [], []
     if run.arm == "vanilla":
-        shares["start"] = mg.lag_shares(model, x[:128], y[:128])
+        at_start = mg.lag_shares(model, x[:128], y[:128])
 
     def next_batch(step):  # the same in every arm
         b, p, x_std = curriculum(run, step)
@@ -308,9 +308,9 @@ def train_sine(run, device, report_progress):
         patch_slope=patch(model, run, len(x), device),
         curve=curve,
     )
-    if shares:
-        shares["end"] = mg.lag_shares(model, x[:128], y[:128])
-        numbers["lag_share"] = shares
+    if run.arm == "vanilla":
+        at_end = mg.lag_shares(model, x[:128], y[:128])
+        numbers["lag_share"] = dict(start=at_start, end=at_end)
     return model, numbers, dict(film=np.array(film, dtype=np.float32))  # (frames, 2, 300)
 
 
