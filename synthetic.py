@@ -208,11 +208,11 @@ def probe_rows(model, x):
     return states.cpu().double(), past.flatten(0, 1).cpu().double()
 
 
-def fit_probe(states, targets, ridge=1e-3):
+def fit_probe(states, targets):
     """Ridge regression of targets (rows, K) on states (rows, C) -> a function of states."""
     mean, scale, centre = states.mean(0), states.std(0) + 1e-9, targets.mean(0)
     X = (states - mean) / scale  # (rows, C)
-    penalty = ridge * len(X) * torch.eye(X.size(1), dtype=X.dtype)
+    penalty = 1e-3 * len(X) * torch.eye(X.size(1), dtype=X.dtype)
     weights = torch.linalg.solve(X.T @ X + penalty, X.T @ (targets - centre))  # (C, K)
 
     def read(states):

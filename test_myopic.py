@@ -3,7 +3,6 @@ The hand-written backward is held against the definition executed literally: lit
 
 import copy
 import functools
-import gc
 import hashlib
 import io
 import itertools
@@ -275,12 +274,9 @@ def test_what_it_saves_is_small_is_not_mutated_and_is_freed_by_the_backward_pass
 
     kept = [weakref.ref(t) for t in saved[2:]]  # q, k, v, O
     del saved, out, tensors
-    gc.collect()
     assert all(ref() is not None for ref in kept)
-    gc.disable()  # freed at once, by counting references: there is no cycle
     torch.autograd.grad(y, leaves, dy)
-    assert all(ref() is None for ref in kept)
-    gc.enable()
+    assert all(ref() is None for ref in kept)  # by counting references: there is no cycle
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, leaves, dy)
 
@@ -483,12 +479,10 @@ def test_a_run_refuses_bad_values_and_equal_runs_have_one_name():
     for settings in bad:
         with pytest.raises(mg.UsageError):
             mg.TextRun(**settings)
-    for settings in (dict(p=0), dict(p=1.5), dict(a=32), dict(n_layer=1), dict(seed=9000)):
+    bad = [dict(p=0), dict(p=1.5), dict(a=32), dict(n_layer=1), dict(seed=9000)]
+    for settings in [*bad, dict(arm="local_myopic"), dict(arm="no_such")]:
         with pytest.raises(mg.UsageError):
             replace(synthetic.QUICK, **settings)
-    for arm in ("local_myopic", "no_such"):
-        with pytest.raises(mg.UsageError, match=arm):
-            replace(synthetic.QUICK, arm=arm)
     with pytest.raises(mg.UsageError, match="past"):
         mg.GPTConfig(1, 1, 1, 1, 1, past="no_such")
     assert replace(synthetic.QUICK, p=1).name() == synthetic.QUICK.name()
@@ -511,16 +505,13 @@ def test_a_new_field_loses_no_record_and_a_changed_default_does(tmp_path):
     class Newer(mg.TextRun):
         more: int = mg.setting(5, "a field that old records lack")
 
-    @dataclass(frozen=True)
-    class Changed(mg.TextRun):
-        max_iters: int = mg.setting(701, "steps")
-
     (tmp_path / "runs").mkdir()
     run = mg.TextRun(seed=3)
     mg.save_run(tmp_path, run, asdict(run), None)
-    for kind, is_found in ((mg.TextRun, True), (Newer, True), (Changed, False)):
-        assert kind(seed=3).name() == run.name()
-        assert (kind(seed=3) in mg.read_runs(tmp_path, kind)) == is_found
+    assert Newer(seed=3).name() == run.name()
+    assert Newer(seed=3) in mg.read_runs(tmp_path, Newer)
+    mg.save_run(tmp_path, run, asdict(run) | dict(max_iters=701), None)  # the default of its time
+    assert run not in mg.read_runs(tmp_path, mg.TextRun)
     path = mg.run_path(tmp_path, run)
     path.write_text(path.read_text("utf-8")[:-3], "utf-8")
     with pytest.raises(mg.UsageError, match=f"{path.name}: .*delete it"):
@@ -568,7 +559,7 @@ def call(tmp_path, words, out="OUT"):
 
 
 def watch_training(monkeypatch):
-    """-> a list that gets a model's start, batches, end and threads, whenever one is trained."""
+    """-> a list that gets a model's start, batches and end, whenever one is trained."""
     watched, train = [], mg.train
 
     def spy(model, optimizers, next_batch, run, report_progress, after_step):
@@ -580,8 +571,7 @@ def watch_training(monkeypatch):
             return batches[-1]
 
         train(model, optimizers, remember, run, report_progress, after_step)
-        seen = dict(start=start, batches=batches, end=trained(model))
-        watched.append(SimpleNamespace(**seen, threads=torch.get_num_threads()))
+        watched.append(SimpleNamespace(start=start, batches=batches, end=trained(model)))
 
     monkeypatch.setattr(mg, "train", spy)
     return watched
@@ -595,9 +585,9 @@ def test_arms_share_start_and_batches_and_seeds_share_none(tmp_path, monkeypatch
     torch.set_num_threads(2)  # a run takes one all the same
     records = call(tmp_path, FOUR)
     vanilla, _, _, teacher, _ = models  # local_myopic trains its teacher first
+    assert torch.get_num_threads() == 1
     assert_agree(teacher.end, vanilla.end, 0)
     for model in models:
-        assert model.threads == 1
         assert_agree(model.start, vanilla.start, 0)
         for (x, y), (vanilla_x, vanilla_y) in zip(model.batches, vanilla.batches):
             assert torch.equal(x, vanilla_x) and torch.equal(y, vanilla_y)
@@ -663,7 +653,6 @@ def test_sizes_are_swept_and_drawn(tmp_path, monkeypatch):
 
 
 BAD = [
-    ("--learning_rate nan", "learning_rate is nan"),
     ("--sizes 3by4", "size 3by4"),
     ("--data LATIN", "LATIN"),
     ("--data NO_FILE", "NO_FILE"),
@@ -787,39 +776,30 @@ def test_a_line_of_sizes_joins_models_that_differ_in_one_thing():
     assert lines["depth (32 channels)"] == [[15, 5], [20, 3]]
 
 
-def test_the_table_shows_no_control_letter_and_cuts_no_number(tmp_path, monkeypatch, capsys):
-    sample = "a\x1b[31m\x9b\x07b\r\nc [red] :smile:"
+def test_the_table_shows_no_control_letter_and_cuts_nothing(tmp_path, monkeypatch, capsys):
+    sample = "[red]:smile:\x1b\x9b\x07\r\n" + 200 * "@"
     found = make_records(dict(vanilla={0: 1.234}), sample=sample)
     monkeypatch.setattr(mg, "plot_lags", nothing)
     mg.report(found, SimpleNamespace(out_dir=tmp_path))
     out = capsys.readouterr().out
     assert all(c.isprintable() for c in out.replace("\n", ""))
-    assert "a [31m" in out and "[red] :smile:" in out
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    row = ["6x128", "local_myopic", *["12.345 ± 0.123"] * 6]
-    mg.print_table("", ["size", "arm", *"abcdef"], [row], "")
-    out = capsys.readouterr().out
-    assert "…" not in out and out.count("12.345") == 6
+    assert "[red]:smile:" in out and out.count("@") == 200
 
 
-def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeypatch, capsys):
+def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeypatch):
     def once(calls, device):
         for call in calls.values():
             call()
         return list(calls)
 
-    attention, two_streams = Mock(wraps=mg.myopic_attention), Mock(wraps=mg.two_stream_attention)
+    for name in ("myopic_attention", "two_stream_attention", "near_gradients"):
+        monkeypatch.setattr(mg, name, Mock(wraps=getattr(mg, name)))
     monkeypatch.setattr(mg, "time_calls", once)
-    monkeypatch.setattr(mg, "myopic_attention", attention)
-    monkeypatch.setattr(mg, "two_stream_attention", two_streams)
-    monkeypatch.setattr(mg, "near_gradients", Mock(wraps=mg.near_gradients))
     mg.main(tiny(tmp_path, "--bench"))
-    horizons = [c.kwargs["horizon"] for c in attention.call_args_list if "horizon" in c.kwargs]
-    assert horizons == [None, 0] * 3
-    assert [c.args[4] for c in attention.call_args_list if len(c.args) > 4] == [None, 0]  # steps
-    assert mg.near_gradients.call_count == 4  # backward, too, three times myopic and one step
-    for c in two_streams.call_args_list:
+    calls = mg.myopic_attention.call_args_list
+    assert [c.kwargs.get("horizon", c.args[-2]) for c in calls] == [None, 0] * 4
+    assert mg.near_gradients.call_count == 4  # backward, too: three sublayers and a step
+    for c in mg.two_stream_attention.call_args_list:
         x, past_x = c.args[:2]
         is_live = x.requires_grad, past_x.requires_grad
         assert is_live == (True, False) and torch.equal(x, past_x)
@@ -844,11 +824,7 @@ def test_losses_are_huber_over_p_and_beside_the_trivial_predictors():
     x, y = synthetic.sample_batch(4000, 64, 0.3, generator=torch.Generator().manual_seed(1))
 
     assert abs(x[..., 1].mean() - 0.3) < 0.01 and abs(x[..., 0].std() - 1) < 0.01
-
-    def trivial(x):
-        return (1 - x[..., 1]) * x[..., 0], None
-
-    losses = synthetic.huber_losses(trivial, x, y, 0.3)
+    losses = synthetic.huber_losses(lambda x: ((1 - x[..., 1]) * x[..., 0], None), x, y, 0.3)
     assert losses["ratio"] == pytest.approx(1)
     assert losses["huber_over_p"] == pytest.approx(1.2569, abs=0.03)  # the paper's
     assert losses["trivial_over_p"] == pytest.approx(1.2569, abs=0.03)
@@ -865,7 +841,6 @@ def test_the_curriculum_ends_on_the_task():
 def test_r_squared_is_centred_and_the_probe_is_held_out():
     truth = torch.tensor([[5.0], [7.0]])
     assert synthetic.r_squared(torch.tensor([[6.0], [6.0]]), truth).tolist() == [0]
-    assert synthetic.r_squared(truth, truth).tolist() == [1]
     noise = Mock()  # a model whose states know nothing: in sample, 100 channels would find much
     noise.hidden_states = lambda x: [torch.randn(*x.shape[:2], 100)] * 2
     run = replace(synthetic.QUICK, block_size=12, a=3, b=4.0)
@@ -913,8 +888,7 @@ def test_training_and_evaluation_draw_what_they_should(monkeypatch):
     monkeypatch.setattr(synthetic, "sample_batch", spy)
     monkeypatch.setattr(synthetic, "probe_model", Mock(wraps=synthetic.probe_model))
     monkeypatch.setattr(mg, "lag_shares", Mock(side_effect=["before", "after"]))
-    settings = dict(max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
-    run = replace(synthetic.DEMO, **settings)
+    run = replace(synthetic.DEMO, max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
     _, numbers, arrays = synthetic.train_sine(run, "cpu", nothing)
 
     lessons = [synthetic.curriculum(run, step) for step in range(11)]
@@ -947,7 +921,6 @@ def test_the_sine_model_starts_with_waves_and_answers_from_any_layer():
     model = synthetic.make_model(run)
     waves = model.transformer.wpe.weight
     assert waves.square().mean().item() == pytest.approx(0.3**2, rel=0.1)
-    assert waves[0, 1].item() == pytest.approx(math.sqrt(2) * 0.3)  # a cosine at position 0
     assert model.read_in.weight.std().item() == pytest.approx(0.2, rel=0.2)
     other_arm = synthetic.make_model(replace(run, arm="myopic"))
     assert_agree(trained(other_arm), trained(model), 0)
@@ -1088,9 +1061,9 @@ def test_pictures_of_trained_models_are_of_the_first_seed(shown, tmp_path, monke
     found = sine_records(dict(vanilla=1, myopic=5))
     kept = {}
     for n, run in enumerate(found):
-        weights = synthetic.make_model(run).state_dict().items()
-        kept[run] = {f"weights.{name}": weight.numpy() for name, weight in weights}
-        kept[run]["film"] = np.arange(12).reshape(3, 2, 2) / 12 + n  # frames, (x, estimate), points
+        film = np.arange(12).reshape(3, 2, 2) / 12 + n  # frames, (x, estimate), points
+        kept[run] = dict(film=film)
+    monkeypatch.setattr(mg, "load_weights", lambda model, arrays: model)
     monkeypatch.setattr(mg, "read_arrays", lambda folder, run: kept[run])
     monkeypatch.setattr(mg, "write_whole", nothing)
     monkeypatch.setattr(synthetic, "FuncAnimation", Mock())
