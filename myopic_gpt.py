@@ -53,6 +53,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch.utils import benchmark
 from tqdm import tqdm
 
 # ------------------------ arms and configuration
@@ -190,6 +191,7 @@ class MyopicAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # under create_graph
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, q, k, v, out = ctx.saved_tensors
+        x, w = x.to(q.dtype), w.to(q.dtype)  # under autocast q is narrower
         G = split_heads(dy, ctx.n_head)  # (B, nh, T, hs)
 
         # what every reader wants, and what the near ones want; the graph stays, for lse and for a
@@ -229,11 +231,6 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     fits = x.dim() == 3 and shapes[1:] in ([(3 * C, C)], [(3 * C, C), (3 * C,)])
     require(fits, f"x, w_qkv, b_qkv are {shapes}: make them (B, T, C), (3C, C), (3C,)")
     check_attention(C, n_head, horizon, cut)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, w_qkv = x.to(dtype), w_qkv.to(dtype)
-        b_qkv = None if b_qkv is None else b_qkv.to(dtype)
     return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
 
 
@@ -440,15 +437,6 @@ def token_losses(model, windows, count):
     return torch.cat(losses).cpu(), chosen[:, 1:].cpu()
 
 
-def letter_places(y):
-    """y (N, T) bytes -> which letter of its word each one is: 1, 2, ... (N, T). 0: no letter, or
-    one of a word that began before the window."""
-    is_letter = (y | 32 >= ord("a")) & (y | 32 <= ord("z"))  # | 32: lower case
-    t = torch.arange(y.size(1))
-    last_other = torch.where(is_letter, -1, t).cummax(1).values  # (N, T)
-    return torch.where(last_other < 0, 0, t - last_other)
-
-
 # ------------------------ training
 def configure_optimizers(model, run):
     """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
@@ -548,7 +536,6 @@ class Run:
     warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
     decay_from: float = setting(0.5, "share of the steps after which they fall", most=1)
     grad_clip: float = setting(1.0, "largest norm of a gradient")
-    wave_std: float = setting(0.0, "of positions at the start, as waves; 0: as GPT-2's")
     dtype: str = setting("float32", "of matrix products", choices=["float32", "bfloat16"])
 
     def __post_init__(self):
@@ -623,15 +610,6 @@ class LocalMyopicGPT(GPT):
         return states
 
 
-def start_with_waves(wpe, std):
-    """Start learned positions, an nn.Embedding (T, C), so that near and far differ: as sines (even
-    channels) and cosines (odd ones) of mean square std^2; channel c turns by T^(-c/C) each step."""
-    T, C = wpe.weight.shape
-    c = torch.arange(C)
-    angle = torch.arange(T)[:, None] * T ** (-c / C) + math.pi / 2 * (c % 2)  # (T, C)
-    wpe.weight.data.copy_(math.sqrt(2) * std * angle.sin())
-
-
 def train_text(text, run, device, report_progress):
     """Train one model of load_text's bytes -> the model, the numbers of its record, arrays."""
     config = run.config(vocab_size=256, dropout=run.dropout)
@@ -646,8 +624,6 @@ def train_text(text, run, device, report_progress):
         teacher, _, _ = train_text(text, replace(run, arm="vanilla"), device, report_progress)
     torch.manual_seed(run.seed)  # the same weights in every arm
     model = GPT(config) if teacher is None else LocalMyopicGPT(config, teacher)
-    if run.wave_std > 0:
-        start_with_waves(model.transformer.wpe, run.wave_std)
     model.to(device)
     generator = torch.Generator().manual_seed(run.seed)  # and the same batches
     curve = []
@@ -669,18 +645,12 @@ def train_text(text, run, device, report_progress):
     train(model, configure_optimizers(model, run), next_batch, run, report_progress, after_step)
     require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
     losses, y = token_losses(model, held_out, run.eval_windows)  # (N, T) each
-    place = letter_places(y)
-    by_letter = []
-    for n in range(1, 9):
-        at_n = losses[place == n]
-        by_letter.append(at_n.mean().item() if len(at_n) else None)
     sample = model.generate(held_out[:1, :10].long(), 40, top_k=50)[0].tolist()
     numbers = dict(
         val_loss=losses.mean().item(),
         train_loss=curve[-1][1],
         curve=curve,
         loss_by_position=losses.mean(0).tolist(),
-        loss_by_letter=by_letter,
         sample=bytes(sample).decode("latin-1"),
     )
     if run.arm == "vanilla":
@@ -723,9 +693,9 @@ def gradients_by_lag(model, x, y):
     require(is_vanilla, "the split by lag is of all readers: give it as_arm(model, 'vanilla')")
     states = model.eval().hidden_states(x)
     loss = model.position_losses(states[-1], y).mean()
-    d_states = torch.autograd.grad(loss, states)  # L + 1 of (B, T, C)
+    d_states = torch.autograd.grad(loss, states[1:])  # L of (B, T, C)
     layers = []
-    for block, state, d_next in zip(model.transformer.h, states, d_states[1:]):
+    for block, state, d_next in zip(model.transformer.h, states, d_states):
         # the block again, by hand, to see its O and dO
         attn, state = block.attn, state.detach()
         x_l = block.ln_1(state).detach()  # (B, T, C)
@@ -1284,21 +1254,22 @@ def exit_status(script):
 
 
 # ------------------------ what it costs
-def time_calls(calls, device, rounds=21):
+def time_calls(calls, rounds=11):
     """{name: call} -> a cell for each: its time over the first one's in the same round, in which
     every call is timed once, in any order: median (quartiles), median time."""
-    seconds = {name: [] for name in calls}
-    for _ in range(rounds + 1):
+    threads = torch.get_num_threads()
+    timers, seconds = {}, {}
+    for name, call in calls.items():
+        timers[name] = benchmark.Timer("call()", globals=dict(call=call), num_threads=threads)
+        seconds[name] = []
+    for _ in range(rounds):
         for name in np.random.permutation(list(calls)):
-            start = time.perf_counter()
-            calls[name]()
-            getattr(torch, device).synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timers[name].timeit(1).mean)
     cells = []
-    first = np.array(next(iter(seconds.values()))[1:])  # the first round warms up
+    first = np.array(next(iter(seconds.values())))
     for times in seconds.values():
-        low, middle, high = np.quantile(times[1:] / first, [0.25, 0.5, 0.75])
-        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times[1:]):.1f} ms")
+        low, middle, high = np.quantile(times / first, [0.25, 0.5, 0.75])
+        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times):.1f} ms")
     return cells
 
 
@@ -1329,7 +1300,7 @@ def bench(args):
         calls = {}
         for name, way in ways.items():
             calls[name] = functools.partial(forward_backward, way, leaves, dy)
-        rows.append([f"sublayer\nT = {T}", *time_calls(calls, args.device)])
+        rows.append([f"sublayer\nT = {T}", *time_calls(calls)])
 
     xy = torch.randint(256, (2, run.batch_size, run.block_size), device=args.device)
     calls = {}
@@ -1339,7 +1310,7 @@ def bench(args):
         optimizers = configure_optimizers(model, one_step)
         call = functools.partial(train, model, optimizers, lambda step: xy, one_step)
         calls[arm] = functools.partial(call, lambda steps, loss: None)
-    rows.append([f"step\nT = {run.block_size}", "", *time_calls(calls, args.device), ""])
+    rows.append([f"step\nT = {run.block_size}", "", *time_calls(calls), ""])
     caption = "time over the row's first in the same round: median (quartiles); median time"
     print_table(f"Forward and backward on {args.device}", ["", *ways], rows, caption)
 

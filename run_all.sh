@@ -6,26 +6,21 @@
 # Works from any folder. Needs Python 3.10 or newer; a virtual environment is made in .venv, unless the
 # current python has every package. Interrupted? The same command goes on after the last finished run.
 set -euo pipefail
-export PYTHONUNBUFFERED=1 # a line is seen when it is printed, in a log file, too
-export MPLBACKEND=agg     # every figure goes to a file; a notebook's backend may be missing here
+export PYTHONUNBUFFERED=1 MPLBACKEND=agg # lines are seen at once; figures go to files
 unset CDPATH PYTHONHOME PYTHONOPTIMIZE PYTHONSAFEPATH # a user's, which would change what follows
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-has_packages() { # does this python have everything, with torch 2.9 or newer?
+has_packages() { # says which python this is, if it has every package; torch 2.9 takes Python 3.10
     "$1" - 2>/dev/null <<'EOF_PYTHON'
-import importlib.util, sys
-from torch.optim import Muon
-packages = "numpy torch matplotlib tqdm rich pytest".split()
-sys.exit(sys.version_info < (3, 10) or None in map(importlib.util.find_spec, packages))
+import sys, numpy, matplotlib, tqdm, rich, pytest, torch
+from torch.optim import Muon  # came with 2.9
+print(sys.executable, "with torch", torch.__version__)
 EOF_PYTHON
 }
 
 set_up() { # sets $python
     for python in python3 python "$here/.venv/bin/python" "$here/.venv/Scripts/python.exe"; do
-        if has_packages "$python"; then
-            "$python" -c 'import sys, torch; print(sys.executable, "with torch", torch.__version__)'
-            return
-        fi
+        if has_packages "$python"; then return; fi
     done
     for base in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
         if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -54,8 +49,7 @@ esac
 set_up
 # A flag that one of the scripts does not know is refused before anything is trained or made.
 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" - "$@" <<'EOF_PYTHON'
-import sys
-import myopic_gpt, synthetic
+import sys, myopic_gpt, synthetic
 for script in (synthetic, myopic_gpt):
     with myopic_gpt.exit_status(script.__file__):
         script.flags(sys.argv[1:])

@@ -19,6 +19,7 @@ Morris, Levine (2024), arXiv 2404.00859, section 4.
 Shapes as in myopic_gpt.py; also L = n_layer, and K lookbacks i = 0 .. K-1.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import matplotlib.style
@@ -148,6 +149,15 @@ def curriculum(run, step):
     return b, p, run.x_wide if done < run.x_until else 1.0
 
 
+def start_with_waves(wpe, std):
+    """Start learned positions, an nn.Embedding (T, C), so that near and far differ: as sines (even
+    channels) and cosines (odd ones) of mean square std^2; channel c turns by T^(-c/C) each step."""
+    T, C = wpe.weight.shape
+    c = torch.arange(C)
+    angle = torch.arange(T)[:, None] * T ** (-c / C) + math.pi / 2 * (c % 2)  # (T, C)
+    wpe.weight.data.copy_(math.sqrt(2) * std * angle.sin())
+
+
 class SineModel(mg.GPT):
     """GPT with ReLUs, a linear embedding of (x, z) and a linear read-out of one number."""
 
@@ -162,7 +172,7 @@ class SineModel(mg.GPT):
         nn.init.normal_(self.read_out.weight, std=0.02)
         nn.init.zeros_(self.read_in.bias)
         nn.init.zeros_(self.read_out.bias)
-        mg.start_with_waves(self.transformer.wpe, wave_std)
+        start_with_waves(self.transformer.wpe, wave_std)
 
     def embed(self, x):
         """x (B, T, 2) -> (B, T, C)"""

@@ -205,8 +205,8 @@ def test_padded_log_sum_exp_and_large_scores():
     lse = out.grad_fn._saved_logsumexp  # (B, nh, T)
     padded = SimpleNamespace(_saved_log_sumexp=F.pad(lse, (0, 27)))
     trailing = SimpleNamespace(_saved_logsumexp=lse[..., None])
-    for grad_fn in (padded, trailing, None):
-        got = mg.log_sum_exp(q, k, SimpleNamespace(grad_fn=grad_fn))
+    for grad_fn, asked in ((padded, 0 * q), (trailing, 0 * q), (None, q)):  # read, or computed of q
+        got = mg.log_sum_exp(asked, k, SimpleNamespace(grad_fn=grad_fn))
         assert relative_error(got, lse) < 1e-12 and got.shape == (2, 3, 5)
     big = torch.full((1, 1, 2, 8), 300.0)
     dk, dv = mg.lag_gradients(0, big, big, big, big, big, torch.zeros(1, 1, 2))
@@ -449,7 +449,7 @@ def test_the_numbers_of_a_record_are_of_the_right_text(monkeypatch):
 
     monkeypatch.setattr(mg, "token_losses", losses_are_bytes)
     monkeypatch.setattr(mg, "lag_shares", Mock(side_effect=["before", "after"]))
-    settings = dict(block_size=3, max_iters=2, learning_rate=0, wave_std=0.5, dropout=0.5)
+    settings = dict(block_size=3, max_iters=2, learning_rate=0, dropout=0.5)
     run = mg.TextRun(eval_windows=1, **settings)
     model, numbers, _ = mg.train_text((b"d" * 40, b"9 ab" * 10), run, "cpu", nothing)
     a, b, d = ord("a"), ord("b"), ord("d")
@@ -457,18 +457,9 @@ def test_the_numbers_of_a_record_are_of_the_right_text(monkeypatch):
     assert numbers["train_loss"] == d and numbers["val_loss"] == mean
     assert numbers["curve"] == [[1, d, mean], [2, d, mean]]
     assert numbers["loss_by_position"] == [32, a, b]
-    assert numbers["loss_by_letter"] == [a, b, *[None] * 6]
     assert numbers["sample"].startswith("9 ab")
     assert numbers["lag_share"] == dict(start="before", end="after")
     assert model.transformer.drop.p == 0.5
-    assert model.transformer.wpe.weight[0, 1].item() == pytest.approx(math.sqrt(2) * 0.5)
-
-
-def test_letters_are_counted_from_where_their_word_begins():
-    text = b"ds: Two words, a7b"
-    y = torch.tensor([list(text)])
-    counted = [0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0, 1, 0, 1]
-    assert mg.letter_places(y)[0].tolist() == counted
 
 
 # ------------------------ runs and their files
@@ -788,7 +779,7 @@ def test_the_table_shows_no_control_letter_and_cuts_nothing(tmp_path, monkeypatc
 
 
 def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeypatch):
-    def once(calls, device):
+    def once(calls):
         for call in calls.values():
             call()
         return list(calls)
@@ -805,9 +796,7 @@ def test_bench_times_what_it_says_and_two_streams_are_detached(tmp_path, monkeyp
         is_live = x.requires_grad, past_x.requires_grad
         assert is_live == (True, False) and torch.equal(x, past_x)
     monkeypatch.undo()
-    cells = mg.time_calls(
-        {"slow": lambda: sum(range(20000)), "fast": lambda: None}, "cpu", rounds=3
-    )
+    cells = mg.time_calls({"slow": lambda: sum(range(20000)), "fast": lambda: None}, rounds=3)
     assert cells[0].startswith("1.00 (1.00–1.00)") and float(cells[1][:4]) < 0.5
 
 
