@@ -26,7 +26,6 @@ The gradient of the loss with respect to X is called dX and has X's shape.
 import argparse
 import ast
 import contextlib
-import copy
 import functools
 import hashlib
 import json
@@ -43,7 +42,6 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from statistics import mode
 
 import matplotlib.style
 import numpy as np
@@ -75,8 +73,7 @@ ARMS = {
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError if n_head does not
-    divide n_embd, or for a bad value of the arm's."""
+    """nanoGPT's seven fields and the arm's three: see ARMS."""
 
     block_size: int
     vocab_size: int
@@ -88,10 +85,6 @@ class GPTConfig:
     horizon: int | None = None
     cut: str = "hidden"
     past: str = "own"
-
-    def __post_init__(self):
-        check_attention(self.n_embd, self.n_head, self.horizon, self.cut)
-        require(self.past in ("own", "frozen", "zero"), f"past is {self.past!r}: see ARMS")
 
 
 # ------------------------ attention and its backward pass
@@ -230,7 +223,11 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     shapes = [tuple(t.shape) for t in (x, w_qkv, b_qkv) if t is not None]
     fits = x.dim() == 3 and shapes[1:] in ([(3 * C, C)], [(3 * C, C), (3 * C,)])
     require(fits, f"x, w_qkv, b_qkv are {shapes}: make them (B, T, C), (3C, C), (3C,)")
-    check_attention(C, n_head, horizon, cut)
+    divides = n_head >= 1 and C % n_head == 0
+    require(divides, f"n_head is {n_head}: make it divide the {C} channels")
+    is_horizon = horizon is None or (isinstance(horizon, int) and horizon >= 0)
+    require(is_horizon, f"horizon is {horizon}: make it None or a whole number from 0 on")
+    require(cut in ("hidden", "kv"), f"cut is {cut!r}: choose 'hidden' or 'kv'")
     return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
 
 
@@ -267,7 +264,7 @@ class CausalSelfAttention(nn.Module):
             y = myopic_attention(x, w, b, self.n_head, arm.horizon, arm.cut)  # (B, T, C)
         else:
             has_past = arm.past == "zero" or past_x is not None
-            require(has_past, "past is 'frozen': that takes a LocalMyopicGPT")
+            require(has_past, f"past is {arm.past!r}: give a LocalMyopicGPT 'frozen', or see ARMS")
             y = two_stream_attention(x, past_x, w, b, self.n_head)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -323,15 +320,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def positions(self, T):
-        """-> (T, C)"""
-        limit = self.config.block_size
-        require(limit >= T, f"{T} positions: block_size allows {limit}")
-        return self.transformer.wpe.weight[:T]
-
     def embed(self, idx):
         """idx (B, T) -> (B, T, C)"""
-        return self.transformer.wte(idx) + self.positions(idx.size(1))
+        T, limit = idx.size(1), self.config.block_size
+        require(limit >= T, f"{T} positions: block_size allows {limit}")
+        return self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
 
     def hidden_states(self, idx):
         """idx (B, T) -> n_layer + 1 tensors (B, T, C): 0 the embedding, l that after block l."""
@@ -381,14 +374,6 @@ class UsageError(ValueError):
 def require(condition, message):
     if not condition:
         raise UsageError(message)
-
-
-def check_attention(n_embd, n_head, horizon, cut):
-    divides = n_head >= 1 and n_embd % n_head == 0
-    require(divides, f"n_embd is {n_embd} and n_head {n_head}: n_head must divide n_embd")
-    is_horizon = horizon is None or (isinstance(horizon, int) and horizon >= 0)
-    require(is_horizon, f"horizon is {horizon}: make it None or a whole number from 0 on")
-    require(cut in ("hidden", "kv"), f"cut is {cut!r}: choose 'hidden' or 'kv'")
 
 
 # ------------------------ from here on: training it on English
@@ -469,32 +454,28 @@ def train(model, optimizers, next_batch, run, report_progress, after_step=lambda
     report_progress(steps since the last report, text) is called every ten steps, after_step(steps
     done) after each. Raises UsageError if the loss is not finite."""
     device = next(model.parameters()).device.type
-    groups = []
-    for optimizer in optimizers:
-        groups += optimizer.param_groups
-    peaks = [group["lr"] for group in groups]
     rise = run.warmup * run.max_iters
     fall = (1 - run.decay_from) * run.max_iters
-    for done in range(1, run.max_iters + 1):
-        # the rates rise, stay, and fall in a straight line
-        scale = min(1, done / max(1, rise), (run.max_iters + 1 - done) / max(1, fall))
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * scale
 
+    def scale(step):  # the rates rise, stay, and fall in a straight line
+        return min(1, (step + 1) / max(1, rise), (run.max_iters - step) / max(1, fall))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
+    for done in range(1, run.max_iters + 1):
         x, y = next_batch(done - 1)
         model.train()  # after_step may have left it evaluating
         with torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16"):
             _, loss = model(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
-        for optimizer in optimizers:
+        for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
+            schedule.step()
         model.zero_grad()
 
         if done % 10 == 0 or done == run.max_iters:  # not each: to read a loss stalls a GPU
             now = f"{run.arm}, seed {run.seed}: loss {loss.item():.3f}"
-            is_finite = math.isfinite(loss.item())
-            require(is_finite, f"{now} at step {done}: lower --learning_rate")
+            require(loss.isfinite(), f"{now} at step {done}: lower --learning_rate")
             report_progress(done % 10 or 10, now)
         after_step(done)
 
@@ -542,19 +523,17 @@ class Run:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is str:
-                choices = f.metadata.get("choices")
-                is_choice = choices is None or value in choices
-                require(is_choice, f"{f.name} is {value!r}: choose from {choices}")
+                choices = f.metadata.get("choices") or [value]
+                require(value in choices, f"{f.name} is {value!r}: choose from {choices}")
                 continue
-            if f.type is float:
-                value = float(value)
-                object.__setattr__(self, f.name, value)  # equal runs have one name: 1 is 1.0
+            kind = "a whole number" if f.type is int else "a number"
             least = 1 if f.type is int and f.name != "seed" else 0
             most = f.metadata.get("most", math.inf)
-            in_range = least <= value <= most and value < math.inf  # nan is not
-            require(in_range, f"{f.name} is {value}: give a number from {least} to {most}")
-            require(isinstance(value, f.type), f"{f.name} is {value}: give a whole number")
-        self.config(1)  # refuses an unknown arm and a bad shape
+            fits = isinstance(value, (int, f.type)) and least <= value <= most and value < math.inf
+            require(fits, f"{f.name} is {value}: give {kind} from {least} to {most}")
+        divides = self.n_embd % self.n_head == 0
+        require(divides, f"n_embd is {self.n_embd}: make it a multiple of n_head, {self.n_head}")
+        arm_fields(self.arm)  # refuses an unknown one
 
     def config(self, vocab_size, dropout=0.0):
         shape = self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd
@@ -564,8 +543,9 @@ class Run:
         """Of its files. A digest of what differs from the defaults: a new field changes no name."""
         changed = {}
         for f in fields(self):
-            if getattr(self, f.name) != f.default:
-                changed[f.name] = getattr(self, f.name)
+            value = getattr(self, f.name)
+            if value != f.default:
+                changed[f.name] = f.type(value)  # equal runs have one name: 1 is 1.0
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.kind}-{self.arm}-seed{self.seed}-{digest}"
 
@@ -619,11 +599,10 @@ def train_text(text, run, device, report_progress):
         return tokens.unfold(0, run.block_size + 1, 1)
 
     windows, held_out = windows_of(text[0]), windows_of(text[1])  # (n, T + 1), (m, T + 1)
-    teacher = None
     if config.past == "frozen":  # the teacher: a vanilla model of the same seed and settings
         teacher, _, _ = train_text(text, replace(run, arm="vanilla"), device, report_progress)
     torch.manual_seed(run.seed)  # the same weights in every arm
-    model = GPT(config) if teacher is None else LocalMyopicGPT(config, teacher)
+    model = LocalMyopicGPT(config, teacher) if config.past == "frozen" else GPT(config)
     model.to(device)
     generator = torch.Generator().manual_seed(run.seed)  # and the same batches
     curve = []
@@ -660,16 +639,6 @@ def train_text(text, run, device, report_progress):
 
 
 # ------------------------ instruments: whom the gradient serves, in any GPT
-def as_arm(model, arm):
-    """A copy of the model with another arm's backward pass; its forward pass is the same."""
-    other = arm_fields(arm)
-    require(other["past"] == "own", f"arm {arm}: its forward pass is another, too")
-    model = copy.deepcopy(model)  # with the one config that all its blocks share
-    model.config.horizon = other["horizon"]
-    model.config.cut = other["cut"]
-    return model
-
-
 def gradient_tables(model, x, y):
     """(L + 1, T, T): table l is of the state after l blocks, 0 the embedding.
 
@@ -690,7 +659,7 @@ def gradients_by_lag(model, x, y):
     -> (L, T, 2C, C): part [l, lag] is what the readers `lag` later want of them; the parts of all
     lags add up to the gradient of the mean loss."""
     is_vanilla = model.config.horizon is None and model.config.past == "own"
-    require(is_vanilla, "the split by lag is of all readers: give it as_arm(model, 'vanilla')")
+    require(is_vanilla, "the split by lag is of all readers: give it a vanilla model")
     states = model.eval().hidden_states(x)
     loss = model.position_losses(states[-1], y).mean()
     d_states = torch.autograd.grad(loss, states[1:])  # L of (B, T, C)
@@ -723,12 +692,10 @@ def lag_shares(model, x, y):
     -> [layer][0: W_K, 1: W_V][lag]: <g_lag, g> / |g|^2. The shares of all lags add up to 1."""
     layers = []
     for parts in gradients_by_lag(model, x, y):  # (T, 2C, C)
-        shares = []
-        for part in parts.chunk(2, dim=1):  # W_K, W_V: (T, C, C)
-            whole = part.sum(0)  # (C, C)
-            share = (part * whole).sum((1, 2)) / (whole.square().sum() + 1e-30)  # (T,)
-            shares.append(np.round(share.tolist(), 4).tolist())
-        layers.append(shares)
+        parts = parts.unflatten(1, (2, -1))  # (T, 2, C, C)
+        whole = parts.sum(0)  # (2, C, C)
+        shares = (parts * whole).sum((2, 3)) / (whole.square().sum((1, 2)) + 1e-30)  # (T, 2)
+        layers.append(np.round(shares.T.tolist(), 4).tolist())
     return layers
 
 
@@ -777,23 +744,17 @@ def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
     return fig, fig.subplots(rows, columns, squeeze=False, **shared)
 
 
-def draw_band(ax, x, runs, label, colour, **style):
-    """Mean of [y of each seed] as a line, its standard deviation as a band."""
-    y = np.array(runs, dtype=float)  # (seeds, len(x))
-    mean = y.mean(0)
-    ax.plot(x, mean, color=colour, label=label, **style)
-    if len(y) > 1:
-        sd = y.std(0, ddof=1)
-        ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-
-
-def draw_arms(ax, x, lines, **labels):
-    """{arm: [y of each seed]} -> a line and a band for each arm."""
+def draw_arms(ax, x, lines):
+    """{arm: [y of each seed]} -> their mean as a line, their standard deviation as a band."""
     for arm, runs in lines.items():
         colour, line, marker = look(arm)
+        y = np.array(runs, dtype=float)  # (seeds, len(x))
+        mean = y.mean(0)
         style = dict(linestyle=line, marker=marker, markersize=3.5)
-        draw_band(ax, x, runs, GLOSS.get(arm, arm), colour, **style)
-    ax.set(**labels)
+        ax.plot(x, mean, color=colour, label=GLOSS.get(arm, arm), **style)
+        if len(y) > 1:
+            sd = y.std(0, ddof=1)
+            ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
     ax.legend(frameon=False, labelcolor="linecolor", fontsize=8)
 
 
@@ -805,10 +766,13 @@ def save_figure(fig, path, caption):
     print(f"figure {path}")
 
 
-def skip_figure(path, why):
-    """Say that a figure cannot be drawn; an old one does not stay as if it were new."""
-    path.unlink(missing_ok=True)
-    print(f"no {path.name}: {why}")
+def draw(path, plot, *data):
+    """plot(*data, path), or say why not; an old figure does not stay as if it were new."""
+    try:
+        plot(*data, path)
+    except UsageError as error:
+        path.unlink(missing_ok=True)
+        print(f"no {path.name}: {error}")
 
 
 def per_seed(found, arm, key):
@@ -825,66 +789,59 @@ def seeds_of(found):
     return "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
 
 
-def plot_lags(found, path, last, caption):
+def plot_lags(found, last, caption, path):
     """Whom W_V serves, by lag; in words: all later readers, and the next `last`."""
     records = per_seed(found, "vanilla", "lag_share")
-    if not records:
-        skip_figure(path, "it takes vanilla")
-        return
-    untrained = np.array([record["start"] for record in records])  # (seeds, L, 2, T)
-    trained = np.array([record["end"] for record in records])
-    _, layers, _, T = trained.shape
+    require(records, "it takes vanilla")
+    untrained = np.array([record["start"] for record in records])[:, :, 1]  # W_V's: (seeds, L, T)
+    trained = np.array([record["end"] for record in records])[:, :, 1]
+    _, layers, T = trained.shape
     by_count = (T - np.arange(T)) / (T * (T + 1) / 2)  # (T,) T - lag pairs are `lag` apart
     fig, (axes,) = new_figure(layers, width=3.6, height=3, sharey=True)
     for layer, ax in enumerate(axes):
-        draw_band(ax, range(T), untrained[:, layer, 1], "untrained", "#0072B2", linestyle=":")
-        draw_band(ax, range(T), trained[:, layer, 1], "trained", "#0072B2", linestyle="-")
-        ax.plot(by_count, "--", color="#999999", label="by counting terms")
+        ax.plot(by_count, "k--", linewidth=1, label="by counting terms")
+        draw_arms(ax, range(T), dict(untrained=untrained[:, layer], vanilla=trained[:, layer]))
         ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer", xlim=(-0.5, T / 2))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of W_V's gradient")
-    axes[0].legend(fontsize=8, frameon=False)
-    shares = []
-    for stop in (T, last + 1):
-        share = mean_sd(100 * trained[:, -1, 1, 1:stop].sum(1), 0)
-        shares.append(f"{share} % (by counting {100 * by_count[1:stop].sum():.0f} %)")
-    finding = f"Of the last layer's W_V gradient, later positions give {shares[0]},\n"
-    finding += f"the next {last} positions {shares[1]}"
+    finding = "Of the last layer's W_V gradient, later positions give"
+    for stop, words in ((T, f",\nthe next {last} positions"), (last + 1, "")):
+        share = mean_sd(100 * trained[:, -1, 1:stop].sum(1), 0)
+        finding += f" {share} % (by counting {100 * by_count[1:stop].sum():.0f} %){words}"
     fig.suptitle(finding, fontsize=11)
     save_figure(fig, path, f"vanilla; shares add up to 1, and may be negative\n{caption}")
 
 
-def draw_sizes(ax, values, ylabel):
-    """{(layers, channels, parameters): [value of each seed]}, the smallest first -> a line through
-    the models that differ in width alone, and one through those that differ in depth alone."""
-    lines = [("width", "layers", 0, "#0072B2", "-"), ("depth", "channels", 1, "#D55E00", "--")]
-    for name, shared, place, colour, line in lines:
-        usual = mode(size[place] for size in values)
-        sizes = [size for size in values if size[place] == usual]
-        if len(sizes) > 1:
-            means = [np.mean(values[size]) for size in sizes]
-            n_params = [size[2] for size in sizes]
-            ax.plot(n_params, means, line, color=colour, label=f"{name} ({usual} {shared})")
-    for (layers, channels, n_params), of_seeds in values.items():
-        ax.plot([n_params] * len(of_seeds), of_seeds, "k.", markersize=4)
-        ax.text(n_params, max(of_seeds), f"{layers}x{channels}\n", fontsize=8, ha="center")
-    ax.axhline(0, color="#999999", linewidth=0.8)
-    ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
-    ax.set_xticks([size[2] for size in values], [f"{size[2] / 1000:.0f}k" for size in values])
-    ax.minorticks_off()
-    ax.margins(y=0.15)
-    ax.tick_params(axis="x", labelsize=7)
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=8)
+def plot_sizes(panels, finding, caption, path):
+    """panels: {ylabel: {(layers, channels, parameters): [value of each seed]}}, the smallest first.
 
-
-def ends_of(percents):
-    """'80.8 ± 2.4 % at 3x16, 6.3 ± 0.8 % at 3x64': of the smallest and the largest size."""
+    A solid line joins models that differ in width alone, a dashed one those that differ in depth
+    alone. The title is the finding, in numbers of the first panel's ends."""
+    fig, (axes,) = new_figure(len(panels), width=7 if len(panels) == 1 else 5)
+    for ax, (ylabel, values) in zip(axes, panels.items()):
+        complete = all(values.values())
+        require(complete, "it takes vanilla, myopic (and bigram), of the same seed, in all sizes")
+        for place, style in ((0, "C0-"), (1, "C1--")):
+            for shared in {size[place] for size in values}:
+                sizes = [size for size in values if size[place] == shared]
+                means = [np.mean(values[size]) for size in sizes]
+                ax.plot([size[2] for size in sizes], means, style)
+        for (layers, channels, n_params), of_seeds in values.items():
+            ax.plot([n_params] * len(of_seeds), of_seeds, "k.", markersize=4)
+            ax.text(n_params, max(of_seeds), f"{layers}x{channels}\n", fontsize=8, ha="center")
+        ax.axhline(0, color="#999999", linewidth=0.8)
+        ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
+        ax.set_xticks([size[2] for size in values], [f"{size[2] / 1000:.0f}k" for size in values])
+        ax.minorticks_off()
+        ax.margins(y=0.15)
+        ax.tick_params(axis="x", labelsize=7)
+    first = list(next(iter(panels.values())).items())
     ends = []
-    sizes = list(percents)
-    for size in (sizes[0], sizes[-1]):
-        ends.append(f"{mean_sd(percents[size], 1)} % at {size[0]}x{size[1]}")
-    return ", ".join(ends)
+    for (layers, channels, _), of_seeds in (first[0], first[-1]):
+        ends.append(f"{mean_sd(of_seeds, 1)} % at {layers}x{channels}")
+    fig.suptitle(f"{finding} {', '.join(ends)}", fontsize=11)
+    lines = "solid: width alone differs; dashed: depth alone; dots: seeds"
+    save_figure(fig, path, f"{lines}\n{caption}")
 
 
 def by_size(found):
@@ -913,28 +870,25 @@ def shares_of_bigram(found, arm):
     return [100 * own[seed] / bigram[seed] for seed in own if bigram.get(seed, 0) > 0.1]
 
 
-def plot_gaps(found, path, caption):
+def plot_gaps(found, caption, path):
     """The arms' gaps while training and by position."""
     run, record = next(iter(found.items()))
     steps = np.array(record["curve"])[:, 0]
     # positions in bins that double: 0, 1, 2-3, 4-7, ...
-    edges = [0]
-    while edges[-1] < run.block_size:
-        edges.append(min(run.block_size, max(1, 2 * edges[-1])))
-    starts, widths = edges[:-1], np.diff(edges)
+    starts = [0, *2 ** np.arange((run.block_size - 1).bit_length())]
+    widths = np.diff([*starts, run.block_size])
 
-    training, position, shown = {}, {}, []
+    training, position, ends = {}, {}, []
     for arm in arms_of(found):
-        if arm == "vanilla" or not gaps(found, arm):
+        end = list(gaps(found, arm).values())
+        if arm == "vanilla" or not end:
             continue
-        shown.append(f"{arm} {mean_sd(list(gaps(found, arm).values()), 2)}")
+        ends.append(f"{arm} {mean_sd(end, 2)}")
         curves = np.array(list(gaps(found, arm, "curve").values()))  # (seeds, points, 3)
         training[arm] = curves[:, :, 2]  # validation loss
         by_position = np.array(list(gaps(found, arm, "loss_by_position").values()))
         position[arm] = np.add.reduceat(by_position, starts, axis=1) / widths  # (seeds, bins)
-    if not training:
-        skip_figure(path, "it takes vanilla and another arm of the same seed")
-        return
+    require(training, "it takes vanilla and another arm of the same seed")
     if "bigram" in position:  # where context is worth nothing, a gap says nothing
         worth = position["bigram"].mean(0) > 0.1
         for arm in position:
@@ -942,29 +896,12 @@ def plot_gaps(found, path, caption):
         caption += "; by position: where the bigram's gap is above 0.1 nats"
 
     fig, ((left, right),) = new_figure(2, width=5)
-    draw_arms(left, steps, training, xlabel="training steps", ylabel="loss − vanilla's (nats)")
-    draw_arms(right, range(len(starts)), position, xlabel="position in the window, from")
-    left.set_title("while training", fontsize=10)
-    right.set_title("by position, in bins that double", fontsize=10)
-    right.get_legend().remove()
+    draw_arms(left, steps, training)
+    draw_arms(right, range(len(starts)), position)
+    left.set(title="while training", xlabel="training steps", ylabel="loss − vanilla's (nats)")
+    right.set(title="by position, in bins that double", xlabel="position in the window, from")
     right.set_xticks(range(len(starts)), starts)
-    fig.suptitle(f"The gap at the end: {', '.join(shown)} nats", fontsize=10)
-    save_figure(fig, path, caption)
-
-
-def plot_text_sizes(found, path, caption):
-    """The myopia gap against size, as a share of what context is worth."""
-    shares = {}
-    for size, group in by_size(found).items():
-        of_seeds = shares_of_bigram(group, "myopic")
-        if of_seeds:
-            shares[size] = of_seeds
-    if len(shares) < 2:
-        skip_figure(path, "it takes vanilla, myopic and bigram of the same seed, in two sizes")
-        return
-    fig, ((ax,),) = new_figure(width=7)
-    draw_sizes(ax, shares, "myopia gap (% of bigram's)")
-    ax.set_title(f"Of what context is worth, myopia costs {ends_of(shares)}", fontsize=10)
+    fig.suptitle(f"The gap at the end: {', '.join(ends)} nats", fontsize=10)
     save_figure(fig, path, caption)
 
 
@@ -991,12 +928,16 @@ def report(found, args):
     print_table(f"English: {steps}", header, rows, caption)
 
     largest = list(sizes.values())[-1]
-    plot_gaps(largest, args.out_dir / "text_gaps.png", steps)
-    plot_lags(largest, args.out_dir / "text_lags.png", 4, steps)
+    folder = args.out_dir
+    draw(folder / "text_gaps.png", plot_gaps, largest, steps)
+    draw(folder / "text_lags.png", plot_lags, largest, 4, steps)
     if len(sizes) > 1:
-        plot_text_sizes(found, args.out_dir / "text_size.png", f"{steps}; dots: seeds")
-    if (args.out_dir / "text_gaps.png").exists():
-        print(f"open {args.out_dir / 'text_gaps.png'} first")
+        shares = {size: shares_of_bigram(group, "myopic") for size, group in sizes.items()}
+        panels = {"myopia gap (% of bigram's)": shares}
+        finding = "Of what context is worth, myopia costs"
+        draw(folder / "text_size.png", plot_sizes, panels, finding, steps)
+    if (folder / "text_gaps.png").exists():
+        print(f"open {folder / 'text_gaps.png'} first")
 
 
 # ------------------------ from here on: running many of them
@@ -1013,17 +954,13 @@ def write_whole(path, write):
         part.unlink(missing_ok=True)
 
 
-def run_path(out_dir, run, suffix=".json"):
-    return Path(out_dir) / "runs" / (run.name() + suffix)
-
-
 def read_runs(out_dir, run_class):
     """{run: record} of all the runs of a class, TextRun or SineRun, that a folder holds.
 
     A field that a record lacks has its default; a run is equal to the one wanted only if all its
     fields are."""
     found = {}
-    for path in sorted((Path(out_dir) / "runs").glob(f"{run_class.kind}-*.json")):
+    for path in sorted(Path(out_dir, "runs").glob(f"{run_class.kind}-*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
             settings = {f.name: record[f.name] for f in fields(run_class) if f.name in record}
@@ -1035,7 +972,7 @@ def read_runs(out_dir, run_class):
 
 def save_run(out_dir, run, record, arrays):
     """arrays: a dict, or None. The record's presence means done, so it comes last."""
-    path = run_path(out_dir, run, ".npz")
+    path = Path(out_dir, "runs", f"{run.name()}.npz")
     path.unlink(missing_ok=True)  # those of an earlier training do not stay beside a new record
     if arrays is not None:
         try:
@@ -1043,21 +980,19 @@ def save_run(out_dir, run, record, arrays):
         except UsageError as error:
             print(f"{error}; the record alone is kept, so some figures will be missing")
     text = json.dumps(record, allow_nan=False)
-    write_whole(run_path(out_dir, run), lambda part: part.write_text(text, "utf-8"))
+    write_whole(path.with_suffix(".json"), lambda part: part.write_text(text, "utf-8"))
 
 
 def read_arrays(out_dir, run):
     """{name: array} of a run, weights included, or None: the first seed's alone are kept."""
-    path = run_path(out_dir, run, ".npz")
+    path = Path(out_dir, "runs", f"{run.name()}.npz")
     return dict(np.load(path)) if path.exists() else None
 
 
 def load_weights(model, arrays):
     """Put the weights that a run's arrays hold into a model of its shape -> the model."""
-    state = {}
-    for name in model.state_dict():
-        state[name] = torch.from_numpy(arrays[f"weights.{name}"])
-    model.load_state_dict(state)
+    for name, weight in model.state_dict().items():
+        weight.copy_(torch.from_numpy(arrays[f"weights.{name}"]))
     return model.eval()
 
 
@@ -1126,11 +1061,22 @@ def train_missing(runs, train_one, headline, args):
     todo = []
     if not args.plot_only:
         todo = [run for run in runs if args.fresh or run not in recorded]
+        folder = args.out_dir / "runs"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        require(os.access(folder, os.W_OK), f"--out_dir {args.out_dir}: name a folder to write to")
     print(f"{args.out_dir}: {len(found)} of these runs are recorded, {len(todo)} to train")
     if todo and args.device == "cpu":  # the presets' seconds are those of a core
         minutes = args.seconds * math.ceil(len(todo) / args.jobs) / 60
         print(f"{args.jobs} at once: about {minutes:.1f} minutes with the preset's settings")
-    if not args.fresh and any(record["code"] != args.stamp["code"] for record in found):
+
+    # what every record of this call says of machine and code
+    on_cuda = args.device == "cuda"
+    machine = torch.cuda.get_device_name() + ", TF32" if on_cuda else platform.machine()
+    sources = b"".join(Path(name).read_bytes() for name in sorted({__file__, args.script}))
+    code = hashlib.sha256(sources).hexdigest()[:8]
+    stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
+    if not args.fresh and any(record["code"] != code for record in found):
         print("some were made by other code and are used as they are; --fresh repeats them")
 
     steps = 0
@@ -1145,8 +1091,9 @@ def train_missing(runs, train_one, headline, args):
 
         results = train_side_by_side(train_one, todo, args.device, args.jobs, report_progress)
         for run, (numbers, arrays) in results:
-            recorded[run] = asdict(run) | args.stamp | numbers
-            save_run(args.out_dir, run, recorded[run], arrays if run.seed == args.seed else None)
+            recorded[run] = asdict(run) | stamp | numbers
+            is_first = run.seed == args.run.seed
+            save_run(args.out_dir, run, recorded[run], arrays if is_first else None)
             bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
 
     # in the order of `runs`, whenever they were trained
@@ -1155,12 +1102,11 @@ def train_missing(runs, train_one, headline, args):
 
 
 # ------------------------ command line
-def parse_flags(script, doc, presets, argv, more=()):
+def parse_flags(script, presets, argv, more):
     """presets: {name: dict(run, arms, seeds, seconds, ...)}; more: (flag, settings of argparse).
 
     -> args; args.run holds the preset's settings and those given by hand."""
-    about = (doc or "").split("\n")[0]  # python -OO has no docstrings
-    parser = argparse.ArgumentParser(Path(script).name, description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(Path(script).name, allow_abbrev=False)
     add = parser.add_argument
     devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     size = "demo: seconds; quick: a laptop (default); full: a GPU"
@@ -1178,39 +1124,23 @@ def parse_flags(script, doc, presets, argv, more=()):
     settings = [f for f in fields(presets["quick"]["run"]) if f.metadata]
     for f in settings:
         add(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
-
-    # the preset's settings are the defaults of the flags
-    by_hand, _ = parser.parse_known_args(argv)
-    preset = presets[by_hand.preset]
-    parser.set_defaults(**asdict(preset["run"]))
-    parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    args.run = replace(args.run, **{f.name: getattr(args, f.name) for f in settings})
-    if by_hand.sizes is None and (by_hand.n_layer or by_hand.n_head or by_hand.n_embd):
-        args.sizes = None  # one size by hand: no sweep
-    if args.out_dir is None:
-        args.out_dir = Path("out", args.preset)
     if args.device == "auto":
         args.device = "cuda" if "cuda" in devices else "cpu"
-    if args.jobs is None:  # one for each core that torch may use; 61 is the most of Windows
-        args.jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
+    # one job for each core that torch may use; 61 is the most of Windows
+    jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
+
+    # what is given by hand overrides the preset, and the preset these
+    preset = dict(sizes=[], jobs=jobs, out_dir=Path("out", args.preset)) | presets[args.preset]
+    by_hand = {name: value for name, value in vars(args).items() if value is not None}
+    if by_hand.keys() & {"n_layer", "n_head", "n_embd"}:
+        preset["sizes"] = []  # one size by hand: no sweep
+    vars(args).update(script=script, **(preset | by_hand))
+    of_run = {f.name: by_hand[f.name] for f in settings if f.name in by_hand}
+    args.run = replace(args.run, **of_run)
     require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")
     require(args.seeds >= 1, f"seeds is {args.seeds}: give 1 or more")
     return args
-
-
-def make_out_dir(args, script):
-    """Make the folder, and note what every record of this call will say of machine and code."""
-    folder = args.out_dir / "runs"
-    if not args.plot_only:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        require(os.access(folder, os.W_OK), f"--out_dir {args.out_dir}: name a folder to write to")
-    on_cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() + ", TF32" if on_cuda else platform.machine()
-    sources = b"".join(Path(source).read_bytes() for source in sorted({__file__, script}))
-    code = hashlib.sha256(sources).hexdigest()[:8]
-    args.stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
 
 
 def all_runs(args, base, heads_for):
@@ -1218,13 +1148,13 @@ def all_runs(args, base, heads_for):
 
     heads_for(channels) -> n_head, for --sizes."""
     shapes = []
-    for size in args.sizes or []:
+    for size in args.sizes:
         layers, _, channels = size.partition("x")
         require(layers.isdecimal() and channels.isdecimal(), f"size {size}: write it as 3x64")
         layers, channels = int(layers), int(channels)
         shapes.append(dict(n_layer=layers, n_embd=channels, n_head=heads_for(channels)))
     runs = []
-    for seed in range(args.seed, args.seed + args.seeds):
+    for seed in range(base.seed, base.seed + args.seeds):
         for shape in shapes or [{}]:
             for arm in args.arms:
                 runs.append(replace(base, seed=seed, arm=arm, **shape))
@@ -1238,17 +1168,16 @@ def exit_status(script):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a letter that a console lacks must not end a run
             stream.reconfigure(errors="replace")
-    kept = "finished runs are kept; without --fresh the same command goes on"
     try:
         yield
         return
     except UsageError as error:
         status, message = 2, "error: " + " ".join(str(error).split())
     except BrokenExecutor:
-        why = "a run was ended by the system, perhaps for its memory: try a smaller --jobs"
-        status, message = 1, f"{why}; {kept}"
+        why = "a run was ended by the system, perhaps for its memory"
+        status, message = 1, f"{why}: try a smaller --jobs; finished runs are kept"
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted; {kept}"
+        status, message = 130, "interrupted; without --fresh the same command goes on"
     print(f"{Path(script).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -1278,12 +1207,9 @@ def bench(args):
     torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
     run, C, n_head = args.run, args.run.n_embd, args.run.n_head
 
-    def torchs_own(x, w, b):
-        q, k, v = heads(x, w, b, n_head)
-        return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-
+    own = functools.partial(F.scaled_dot_product_attention, is_causal=True)
     ways = {
-        "torch's own": torchs_own,
+        "torch's own": lambda x, w, b: merge_heads(own(*heads(x, w, b, n_head))),
         "vanilla": lambda x, w, b: myopic_attention(x, w, b, n_head, horizon=None),
         "myopic": lambda x, w, b: myopic_attention(x, w, b, n_head, horizon=0),
         "two streams": lambda x, w, b: two_stream_attention(x, x.detach(), w, b, n_head),
@@ -1319,7 +1245,7 @@ def bench(args):
 def flags(argv=None):
     data = dict(nargs="+", metavar="FILE", default=[], help="UTF-8 text (Python's own English)")
     cost = dict(action="store_true", help="only measure what the stop-gradient costs")
-    args = parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])
+    args = parse_flags(__file__, PRESETS, argv, [("--data", data), ("--bench", cost)])
     args.runs = all_runs(args, args.run, lambda channels: max(1, channels // 16))
     return args
 
@@ -1336,7 +1262,6 @@ def main(argv=None):
         split = f"{len(train_part)} ".encode()
         digest = hashlib.sha256(split + train_part + held_part).hexdigest()
         runs = [replace(run, data_sha256=digest) for run in args.runs]
-        make_out_dir(args, __file__)
         train_one = functools.partial(train_text, (train_part, held_part))
         report(train_missing(runs, train_one, "val_loss", args), args)
 

@@ -33,7 +33,8 @@ from matplotlib.colors import LogNorm
 import myopic_gpt as mg
 
 
-TRAINING, EVALUATION = 1_000, 10_000  # random seeds: training draws from TRAINING + the run's seed
+# random seeds: training draws from TRAINING + the run's seed
+TRAINING, EVALUATION = 1_000, 10_000
 LOOKBACKS = 16
 
 
@@ -176,7 +177,7 @@ class SineModel(mg.GPT):
 
     def embed(self, x):
         """x (B, T, 2) -> (B, T, C)"""
-        return self.read_in(x) + self.positions(x.size(1))
+        return self.read_in(x) + self.transformer.wpe.weight[: x.size(1)]
 
     def answer(self, state, blocks_done):
         """The residual stream after so many blocks (B, T, C) -> the answers (B, T)."""
@@ -324,13 +325,23 @@ def train_sine(run, device, report_progress):
     return model, numbers, dict(film=np.array(film, dtype=np.float32))  # (frames, 2, 300)
 
 
-# ------------------------ figures, of the runs of a single p and, but for plot_sizes, size
+# ------------------------ figures, of the runs of a single p and size
 def about(found):
     """What the runs have in common, for captions."""
     run = next(iter(found))
     task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}, {run.n_embd} channels"
     steps = f"{run.max_iters} steps of {run.batch_size} sequences"
     return f"{task}; {steps}; {mg.seeds_of(found)}"
+
+
+def kept_arrays(found, run, folder):
+    """{arm: arrays} of vanilla and of myopic, otherwise like the run."""
+    kept = {}
+    for arm in ("vanilla", "myopic"):
+        run = replace(run, arm=arm)
+        kept[arm] = mg.read_arrays(folder, run) if run in found else None
+        mg.require(kept[arm], f"it takes what is kept of {arm}'s seed {run.seed}")
+    return kept
 
 
 def plot_evidence(found, path):
@@ -345,9 +356,9 @@ def plot_evidence(found, path):
     untrained = np.array(mg.per_seed(found, run.arm, "probe_r2_untrained"))
     probes["untrained"] = untrained[:, 1, :1]
     left.axhline(1, color="#999999", linewidth=0.8)
-    mg.draw_arms(left, np.array(record["curve"])[:, 0], curves, yscale="log")
+    mg.draw_arms(left, np.array(record["curve"])[:, 0], curves)
     left.set_title(f"Who learns it: {', '.join(ends)}", fontsize=10)
-    left.set(xlabel="training steps", ylabel="loss / trivial predictor's")
+    left.set(yscale="log", xlabel="training steps", ylabel="loss / trivial predictor's")
     for n, (arm, r2) in enumerate(probes.items()):
         colour, _, _ = mg.look(arm)
         right.bar(n, r2.mean(), color=colour)
@@ -359,8 +370,9 @@ def plot_evidence(found, path):
     mg.save_figure(fig, path, about(found) + caption)
 
 
-def plot_sequence(run, models, path):
+def plot_sequence(found, run, folder, path):
     """One sequence, position by position: what layer 1 carries, what each answer needs and gets."""
+    kept = kept_arrays(found, run, folder)
     x, y = sample_task(run, 512, EVALUATION + 5)
     sines = torch.sin(run.b * x[..., 0])  # (512, T)
     n = np.arange(min(20, run.block_size))
@@ -369,7 +381,8 @@ def plot_sequence(run, models, path):
     top.bar(n, sines[0, shown].numpy(), color="#dddddd", label="true")
     low.bar(n, y[0, shown].numpy(), color="#dddddd", label="needed")
     for arm in ("vanilla", "myopic"):
-        model, (colour, _, marker) = models[arm], mg.look(arm)
+        colour, _, marker = mg.look(arm)
+        model = mg.load_weights(make_model(run), kept[arm])
         with torch.no_grad():
             state = model.hidden_states(x)[1].double()  # (512, T, C)
             answer, _ = model(x[:1])  # (1, T)
@@ -402,20 +415,22 @@ def plot_patch(found, path):
     inside = slopes[run.arm][:, 1 : run.a + 1].mean()
     fig, ((ax,),) = mg.new_figure(width=7)
     ax.axvspan(0.5, run.a + 0.5, color="#ffe9a8", zorder=0)
-    mg.draw_arms(ax, range(K), slopes, xlabel="answers so many positions later", xticks=range(K))
+    mg.draw_arms(ax, range(K), slopes)
     ax.axhline(1, color="#999999", linewidth=0.8)
-    ax.set_ylabel("slope: moved / due")
+    ax.set(xlabel="answers so many positions later", ylabel="slope: moved / due", xticks=range(K))
     fig.suptitle(f"One state exchanged: {run.arm}'s answers move by {inside:.2f} of what is due")
     mg.save_figure(fig, path, "shaded: the answers that sum that sine\n" + about(found))
 
 
-def plot_gradients(model, run, path):
-    """Whom the gradient serves: one trained model, the backward passes of three arms."""
+def plot_gradients(found, run, folder, path):
+    """Whom the gradient serves: vanilla's trained weights, the backward passes of three arms."""
+    weights = kept_arrays(found, run, folder)["vanilla"]
     x, y = sample_task(run, 64, EVALUATION + 6)
     fig, (row,) = mg.new_figure(3, width=3.6, height=3.4)
     tables = {}
     for arm in ("vanilla", "horizon_4", "myopic"):
-        tables[arm] = mg.gradient_tables(mg.as_arm(model, arm), x, y)[0]  # (T, T)
+        model = mg.load_weights(make_model(replace(run, arm=arm)), weights)
+        tables[arm] = mg.gradient_tables(model, x, y)[0]  # (T, T)
     top = max(table.max() for table in tables.values())
     for ax, (arm, table) in zip(row, tables.items()):
         shown = np.where(table > 0, table / top, np.nan)  # what is exactly zero stays white
@@ -428,33 +443,13 @@ def plot_gradients(model, run, path):
     row[0].annotate(f"last to need it: {run.a} later", (j, j + run.a), arrowprops=arrow, **edge)
     fig.colorbar(image, ax=list(row), label="gradient of loss i by the embedding at j")
     fig.suptitle("Which losses pull at position j: all later ones, near ones, its own")
-    about_it = f"p = {run.p:g}, a = {run.a}, seed {run.seed}"
-    mg.save_figure(fig, path, f"white: exactly zero; vanilla's weights; of the largest; {about_it}")
+    caption = "white: exactly zero; vanilla's weights; of the largest"
+    mg.save_figure(fig, path, f"{caption}; p = {run.p:g}, a = {run.a}, seed {run.seed}")
 
 
-def plot_sizes(found, path):
-    """Loss and probe of vanilla, and the myopia gap, against size."""
-    gap, probe = {}, {}
-    for size, group in mg.by_size(found).items():
-        gap[size] = [100 * ratio for ratio in mg.gaps(group, "myopic", "ratio").values()]
-        probe[size] = [r2[1][0] for r2 in mg.per_seed(group, "vanilla", "probe_r2")]
-    if not all(gap.values()):
-        mg.skip_figure(path, "it takes vanilla and myopic of every size")
-        return
-    fig, ((left, right),) = mg.new_figure(2, width=5)
-    mg.draw_sizes(left, gap, "myopia gap (% of trivial loss)")
-    mg.draw_sizes(right, probe, "R² of the probe, vanilla")
-    title = f"Of the trivial predictor's loss, myopia costs {mg.ends_of(gap)}"
-    fig.suptitle(title, fontsize=11)
-    run = next(iter(found))
-    task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}"
-    mg.save_figure(fig, path, f"{task}; {mg.seeds_of(found)}; dots: seeds")
-
-
-def draw_film(found, films, path):
+def draw_film(found, run, folder, path):
     """precache.gif: what the probe reads in layer 1 while both models train, and the losses."""
-    run = next(iter(found))
-    curves = {}
+    kept, curves = kept_arrays(found, run, folder), {}
     for arm in ("vanilla", "myopic"):
         curves[arm] = found[replace(run, arm=arm)]["curve"]
     grid = np.linspace(-2.5, 2.5, 400)
@@ -470,7 +465,7 @@ def draw_film(found, films, path):
             top.clear()
             low.clear()
             top.plot(grid, np.sin(b * grid), color="#bbbbbb", linewidth=1)
-            top.plot(*films[arm][n], ".", markersize=2, color=colour)
+            top.plot(*kept[arm]["film"][n], ".", markersize=2, color=colour)
             top.set(title=mg.GLOSS[arm], xlabel="x", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
             low.plot(*np.transpose(curves[arm]), color="#dddddd")
             low.plot(*np.transpose(curves[arm][: n + 1]), color=colour)
@@ -482,7 +477,7 @@ def draw_film(found, films, path):
     frame(0)
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # laid out once, not for every frame
-    last = len(films["vanilla"]) - 1
+    last = len(curves["vanilla"]) - 1
     frames = [*range(0, last, 2), last, last, last, last]  # two seconds of the end
     film = FuncAnimation(fig, frame, frames=frames, init_func=fig.draw_without_rendering)
     mg.write_whole(path, lambda part: film.save(part, writer=PillowWriter(fps=2)))
@@ -525,26 +520,23 @@ def report(found, args):
     of_p = {run: record for run, record in found.items() if run.p == p_shown}
     sizes = mg.by_size(of_p)
     shown = list(sizes.values())[-1]
-    films, models = {}, {}
-    for run in shown:
-        arrays = mg.read_arrays(folder, run)
-        if arrays is not None and run.seed == args.seed:
-            films[run.arm] = arrays["film"]
-            models[run.arm] = mg.load_weights(make_model(run), arrays)
-    plot_evidence(shown, folder / "precache.png")
-    plot_patch(shown, folder / "precache_patch.png")
-    mg.plot_lags(shown, folder / "precache_lags.png", args.run.a, about(shown))
+    run = replace(next(iter(shown)), seed=args.run.seed)
+    mg.draw(folder / "precache.png", plot_evidence, shown)
+    mg.draw(folder / "precache_patch.png", plot_patch, shown)
+    mg.draw(folder / "precache_lags.png", mg.plot_lags, shown, run.a, about(shown))
     if len(sizes) > 1:
-        plot_sizes(of_p, folder / "precache_size.png")
-    if {"vanilla", "myopic"} <= models.keys():
-        run = next(iter(shown))  # of the first seed
-        plot_sequence(run, models, folder / "precache_sequence.png")
-        plot_gradients(models["vanilla"], run, folder / "precache_gradients.png")
-        draw_film(shown, films, folder / "precache.gif")
-    else:
-        for name in ("precache_sequence.png", "precache_gradients.png", "precache.gif"):
-            why = f"it takes what is kept of vanilla's and myopic's seed {args.seed}"
-            mg.skip_figure(folder / name, why)
+        gap, probe = {}, {}
+        for size, group in sizes.items():
+            gap[size] = [100 * ratio for ratio in mg.gaps(group, "myopic", "ratio").values()]
+            probe[size] = [r2[1][0] for r2 in mg.per_seed(group, "vanilla", "probe_r2")]
+        panels = {"myopia gap (% of trivial loss)": gap, "R² of the probe, vanilla": probe}
+        finding = "Of the trivial predictor's loss, myopia costs"
+        task = f"p = {run.p:g}, a = {run.a}, b = {run.b:g}; T = {run.block_size}"
+        caption = f"{task}; {mg.seeds_of(of_p)}"
+        mg.draw(folder / "precache_size.png", mg.plot_sizes, panels, finding, caption)
+    mg.draw(folder / "precache_sequence.png", plot_sequence, shown, run, folder)
+    mg.draw(folder / "precache_gradients.png", plot_gradients, shown, run, folder)
+    mg.draw(folder / "precache.gif", draw_film, shown, run, folder)
     print(f"open {folder / 'precache.png'} first")
 
 
@@ -552,7 +544,7 @@ def report(found, args):
 def flags(argv=None):
     """argv -> args."""
     p = dict(nargs="+", type=float, metavar="P", help="how often the answer needs the sines")
-    args = mg.parse_flags(__file__, __doc__, PRESETS, argv, [("--p", p)])
+    args = mg.parse_flags(__file__, PRESETS, argv, [("--p", p)])
     args.runs = []
     for value in args.p:
         args.runs += mg.all_runs(args, replace(args.run, p=value), lambda channels: 2)
@@ -563,7 +555,6 @@ def main(argv=None):
     """Train what is not recorded yet, print the table, draw the figures."""
     with mg.exit_status(__file__):
         args = flags(argv)
-        mg.make_out_dir(args, __file__)
         report(mg.train_missing(args.runs, train_sine, "ratio", args), args)
 
 
