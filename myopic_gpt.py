@@ -73,7 +73,8 @@ ARMS = {
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields and the arm's three: see ARMS."""
+    """nanoGPT's seven fields and the arm's three: see ARMS. Raises UsageError for a bad shape or
+    arm."""
 
     block_size: int
     vocab_size: int
@@ -85,6 +86,10 @@ class GPTConfig:
     horizon: int | None = None
     cut: str = "hidden"
     past: str = "own"
+
+    def __post_init__(self):
+        check_attention(self.n_embd, self.n_head, self.horizon, self.cut)
+        require(self.past in ("own", "frozen", "zero"), f"past is {self.past!r}: see ARMS")
 
 
 # ------------------------ attention and its backward pass
@@ -184,7 +189,6 @@ class MyopicAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # under create_graph
             raise RuntimeError("myopic_attention has no second derivative: leave out create_graph")
         x, w, q, k, v, out = ctx.saved_tensors
-        x, w = x.to(q.dtype), w.to(q.dtype)  # under autocast q is narrower
         G = split_heads(dy, ctx.n_head)  # (B, nh, T, hs)
 
         # what every reader wants, and what the near ones want; the graph stays, for lse and for a
@@ -223,11 +227,12 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     shapes = [tuple(t.shape) for t in (x, w_qkv, b_qkv) if t is not None]
     fits = x.dim() == 3 and shapes[1:] in ([(3 * C, C)], [(3 * C, C), (3 * C,)])
     require(fits, f"x, w_qkv, b_qkv are {shapes}: make them (B, T, C), (3C, C), (3C,)")
-    divides = n_head >= 1 and C % n_head == 0
-    require(divides, f"n_head is {n_head}: make it divide the {C} channels")
-    is_horizon = horizon is None or (isinstance(horizon, int) and horizon >= 0)
-    require(is_horizon, f"horizon is {horizon}: make it None or a whole number from 0 on")
-    require(cut in ("hidden", "kv"), f"cut is {cut!r}: choose 'hidden' or 'kv'")
+    check_attention(C, n_head, horizon, cut)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, w_qkv = x.to(dtype), w_qkv.to(dtype)
+        b_qkv = None if b_qkv is None else b_qkv.to(dtype)
     return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
 
 
@@ -264,7 +269,7 @@ class CausalSelfAttention(nn.Module):
             y = myopic_attention(x, w, b, self.n_head, arm.horizon, arm.cut)  # (B, T, C)
         else:
             has_past = arm.past == "zero" or past_x is not None
-            require(has_past, f"past is {arm.past!r}: give a LocalMyopicGPT 'frozen', or see ARMS")
+            require(has_past, "past is 'frozen': that takes a LocalMyopicGPT")
             y = two_stream_attention(x, past_x, w, b, self.n_head)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -320,11 +325,15 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def positions(self, T):
+        """-> (T, C)"""
+        limit = self.config.block_size
+        require(limit >= T, f"{T} positions: block_size allows {limit}")
+        return self.transformer.wpe.weight[:T]
+
     def embed(self, idx):
         """idx (B, T) -> (B, T, C)"""
-        T, limit = idx.size(1), self.config.block_size
-        require(limit >= T, f"{T} positions: block_size allows {limit}")
-        return self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
+        return self.transformer.wte(idx) + self.positions(idx.size(1))
 
     def hidden_states(self, idx):
         """idx (B, T) -> n_layer + 1 tensors (B, T, C): 0 the embedding, l that after block l."""
@@ -374,6 +383,14 @@ class UsageError(ValueError):
 def require(condition, message):
     if not condition:
         raise UsageError(message)
+
+
+def check_attention(n_embd, n_head, horizon, cut):
+    divides = n_head >= 1 and n_embd % n_head == 0
+    require(divides, f"n_embd is {n_embd} and n_head {n_head}: n_head must divide n_embd")
+    is_horizon = horizon is None or (isinstance(horizon, int) and horizon >= 0)
+    require(is_horizon, f"horizon is {horizon}: make it None or a whole number from 0 on")
+    require(cut in ("hidden", "kv"), f"cut is {cut!r}: choose 'hidden' or 'kv'")
 
 
 # ------------------------ from here on: training it on English
@@ -523,17 +540,16 @@ class Run:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is str:
-                choices = f.metadata.get("choices") or [value]
-                require(value in choices, f"{f.name} is {value!r}: choose from {choices}")
+                choices = f.metadata.get("choices")
+                is_choice = choices is None or value in choices
+                require(is_choice, f"{f.name} is {value!r}: choose from {choices}")
                 continue
             kind = "a whole number" if f.type is int else "a number"
             least = 1 if f.type is int and f.name != "seed" else 0
             most = f.metadata.get("most", math.inf)
             fits = isinstance(value, (int, f.type)) and least <= value <= most and value < math.inf
             require(fits, f"{f.name} is {value}: give {kind} from {least} to {most}")
-        divides = self.n_embd % self.n_head == 0
-        require(divides, f"n_embd is {self.n_embd}: make it a multiple of n_head, {self.n_head}")
-        arm_fields(self.arm)  # refuses an unknown one
+        self.config(1)  # refuses an unknown arm and a bad shape
 
     def config(self, vocab_size, dropout=0.0):
         shape = self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd
@@ -758,21 +774,25 @@ def draw_arms(ax, x, lines):
     ax.legend(frameon=False, labelcolor="linecolor", fontsize=8)
 
 
-def save_figure(fig, path, caption):
+def finish(fig, caption):
+    """-> what writes the figure to a path."""
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
     fig.supxlabel(caption, fontsize=8, color="#444444")
-    write_whole(path, fig.savefig)
-    print(f"figure {path}")
+    return fig.savefig
 
 
 def draw(path, plot, *data):
-    """plot(*data, path), or say why not; an old figure does not stay as if it were new."""
+    """Write what plot(*data) has drawn, or say why it cannot be: an old figure does not stay as if
+    it were new."""
     try:
-        plot(*data, path)
+        write = plot(*data)
     except UsageError as error:
         path.unlink(missing_ok=True)
         print(f"no {path.name}: {error}")
+        return
+    write_whole(path, write)
+    print(f"figure {path}")
 
 
 def per_seed(found, arm, key):
@@ -789,7 +809,7 @@ def seeds_of(found):
     return "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
 
 
-def plot_lags(found, last, caption, path):
+def plot_lags(found, last, caption):
     """Whom W_V serves, by lag; in words: all later readers, and the next `last`."""
     records = per_seed(found, "vanilla", "lag_share")
     require(records, "it takes vanilla")
@@ -804,28 +824,33 @@ def plot_lags(found, last, caption, path):
         ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer", xlim=(-0.5, T / 2))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of W_V's gradient")
-    finding = "Of the last layer's W_V gradient, later positions give"
-    for stop, words in ((T, f",\nthe next {last} positions"), (last + 1, "")):
+    shares = []
+    for stop in (T, last + 1):
         share = mean_sd(100 * trained[:, -1, 1:stop].sum(1), 0)
-        finding += f" {share} % (by counting {100 * by_count[1:stop].sum():.0f} %){words}"
+        shares.append(f"{share} % (by counting {100 * by_count[1:stop].sum():.0f} %)")
+    finding = f"Of the last layer's W_V gradient, later positions give {shares[0]},\n"
+    finding += f"the next {last} positions {shares[1]}"
     fig.suptitle(finding, fontsize=11)
-    save_figure(fig, path, f"vanilla; shares add up to 1, and may be negative\n{caption}")
+    return finish(fig, f"vanilla; shares add up to 1, and may be negative\n{caption}")
 
 
-def plot_sizes(panels, finding, caption, path):
+def plot_sizes(panels, finding, caption):
     """panels: {ylabel: {(layers, channels, parameters): [value of each seed]}}, the smallest first.
 
-    A solid line joins models that differ in width alone, a dashed one those that differ in depth
-    alone. The title is the finding, in numbers of the first panel's ends."""
+    A line joins the models of one depth, or of one width. The title is the finding, in numbers of
+    the first panel's ends."""
     fig, (axes,) = new_figure(len(panels), width=7 if len(panels) == 1 else 5)
     for ax, (ylabel, values) in zip(axes, panels.items()):
-        complete = all(values.values())
-        require(complete, "it takes vanilla, myopic (and bigram), of the same seed, in all sizes")
-        for place, style in ((0, "C0-"), (1, "C1--")):
+        for size, of_seeds in values.items():
+            require(of_seeds, f"{size[0]}x{size[1]} has nothing to show; see the table")
+        for place, name, style in ((0, "layers", "C0-"), (1, "channels", "C1--")):
             for shared in {size[place] for size in values}:
                 sizes = [size for size in values if size[place] == shared]
                 means = [np.mean(values[size]) for size in sizes]
-                ax.plot([size[2] for size in sizes], means, style)
+                if len(sizes) > 1:
+                    ax.plot([size[2] for size in sizes], means, style, label=f"{shared} {name}")
+        ax.plot([], "k.", label="seeds")
+        ax.legend(frameon=False, fontsize=8)
         for (layers, channels, n_params), of_seeds in values.items():
             ax.plot([n_params] * len(of_seeds), of_seeds, "k.", markersize=4)
             ax.text(n_params, max(of_seeds), f"{layers}x{channels}\n", fontsize=8, ha="center")
@@ -835,13 +860,13 @@ def plot_sizes(panels, finding, caption, path):
         ax.minorticks_off()
         ax.margins(y=0.15)
         ax.tick_params(axis="x", labelsize=7)
-    first = list(next(iter(panels.values())).items())
+    first, *_ = panels.values()
+    first = list(first.items())
     ends = []
     for (layers, channels, _), of_seeds in (first[0], first[-1]):
         ends.append(f"{mean_sd(of_seeds, 1)} % at {layers}x{channels}")
     fig.suptitle(f"{finding} {', '.join(ends)}", fontsize=11)
-    lines = "solid: width alone differs; dashed: depth alone; dots: seeds"
-    save_figure(fig, path, f"{lines}\n{caption}")
+    return finish(fig, caption)
 
 
 def by_size(found):
@@ -870,12 +895,13 @@ def shares_of_bigram(found, arm):
     return [100 * own[seed] / bigram[seed] for seed in own if bigram.get(seed, 0) > 0.1]
 
 
-def plot_gaps(found, caption, path):
+def plot_gaps(found, caption):
     """The arms' gaps while training and by position."""
     run, record = next(iter(found.items()))
     steps = np.array(record["curve"])[:, 0]
     # positions in bins that double: 0, 1, 2-3, 4-7, ...
-    starts = [0, *2 ** np.arange((run.block_size - 1).bit_length())]
+    powers = 2 ** np.arange((run.block_size - 1).bit_length())
+    starts = [0, *powers]
     widths = np.diff([*starts, run.block_size])
 
     training, position, ends = {}, {}, []
@@ -902,7 +928,7 @@ def plot_gaps(found, caption, path):
     right.set(title="by position, in bins that double", xlabel="position in the window, from")
     right.set_xticks(range(len(starts)), starts)
     fig.suptitle(f"The gap at the end: {', '.join(ends)} nats", fontsize=10)
-    save_figure(fig, path, caption)
+    return finish(fig, caption)
 
 
 @matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
@@ -957,16 +983,18 @@ def write_whole(path, write):
 def read_runs(out_dir, run_class):
     """{run: record} of all the runs of a class, TextRun or SineRun, that a folder holds.
 
-    A field that a record lacks has its default; a run is equal to the one wanted only if all its
-    fields are."""
+    A field that a record lacks has its default. A file counts only under its run's name, so that
+    one with other defaults, or with a field that is no more, is none."""
     found = {}
     for path in sorted(Path(out_dir, "runs").glob(f"{run_class.kind}-*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
             settings = {f.name: record[f.name] for f in fields(run_class) if f.name in record}
-            found[run_class(**settings)] = record
+            run = run_class(**settings)
         except ValueError as error:
             raise UsageError(f"{path}: {error}; delete it, and the run is repeated") from error
+        if run.name() == path.stem:
+            found[run] = record
     return found
 
 
@@ -1102,11 +1130,12 @@ def train_missing(runs, train_one, headline, args):
 
 
 # ------------------------ command line
-def parse_flags(script, presets, argv, more):
+def parse_flags(script, doc, presets, argv, more):
     """presets: {name: dict(run, arms, seeds, seconds, ...)}; more: (flag, settings of argparse).
 
     -> args; args.run holds the preset's settings and those given by hand."""
-    parser = argparse.ArgumentParser(Path(script).name, allow_abbrev=False)
+    about = (doc or "").split("\n")[0]  # python -OO has no docstrings
+    parser = argparse.ArgumentParser(Path(script).name, description=about, allow_abbrev=False)
     add = parser.add_argument
     devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     size = "demo: seconds; quick: a laptop (default); full: a GPU"
@@ -1135,7 +1164,7 @@ def parse_flags(script, presets, argv, more):
     by_hand = {name: value for name, value in vars(args).items() if value is not None}
     if by_hand.keys() & {"n_layer", "n_head", "n_embd"}:
         preset["sizes"] = []  # one size by hand: no sweep
-    vars(args).update(script=script, **(preset | by_hand))
+    args = argparse.Namespace(script=script, **(preset | by_hand))
     of_run = {f.name: by_hand[f.name] for f in settings if f.name in by_hand}
     args.run = replace(args.run, **of_run)
     require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")
@@ -1187,13 +1216,11 @@ def time_calls(calls, rounds=11):
     """{name: call} -> a cell for each: its time over the first one's in the same round, in which
     every call is timed once, in any order: median (quartiles), median time."""
     threads = torch.get_num_threads()
-    timers, seconds = {}, {}
-    for name, call in calls.items():
-        timers[name] = benchmark.Timer("call()", globals=dict(call=call), num_threads=threads)
-        seconds[name] = []
+    seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name in np.random.permutation(list(calls)):
-            seconds[name].append(timers[name].timeit(1).mean)
+            timer = benchmark.Timer("f()", globals=dict(f=calls[name]), num_threads=threads)
+            seconds[name].append(timer.timeit(1).mean)  # after two calls that warm up
     cells = []
     first = np.array(next(iter(seconds.values())))
     for times in seconds.values():
@@ -1245,7 +1272,7 @@ def bench(args):
 def flags(argv=None):
     data = dict(nargs="+", metavar="FILE", default=[], help="UTF-8 text (Python's own English)")
     cost = dict(action="store_true", help="only measure what the stop-gradient costs")
-    args = parse_flags(__file__, PRESETS, argv, [("--data", data), ("--bench", cost)])
+    args = parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])
     args.runs = all_runs(args, args.run, lambda channels: max(1, channels // 16))
     return args
 

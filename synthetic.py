@@ -177,7 +177,7 @@ class SineModel(mg.GPT):
 
     def embed(self, x):
         """x (B, T, 2) -> (B, T, C)"""
-        return self.read_in(x) + self.transformer.wpe.weight[: x.size(1)]
+        return self.read_in(x) + self.positions(x.size(1))
 
     def answer(self, state, blocks_done):
         """The residual stream after so many blocks (B, T, C) -> the answers (B, T)."""
@@ -334,17 +334,17 @@ def about(found):
     return f"{task}; {steps}; {mg.seeds_of(found)}"
 
 
-def kept_arrays(found, run, folder):
-    """{arm: arrays} of vanilla and of myopic, otherwise like the run."""
+def kept_arrays(found, run, folder, arms=("vanilla", "myopic")):
+    """{arm: arrays} of these arms, otherwise like the run."""
     kept = {}
-    for arm in ("vanilla", "myopic"):
-        run = replace(run, arm=arm)
-        kept[arm] = mg.read_arrays(folder, run) if run in found else None
+    for arm in arms:
+        of_arm = replace(run, arm=arm)
+        kept[arm] = mg.read_arrays(folder, of_arm) if of_arm in found else None
         mg.require(kept[arm], f"it takes what is kept of {arm}'s seed {run.seed}")
     return kept
 
 
-def plot_evidence(found, path):
+def plot_evidence(found):
     """Who learns the task, and what layer 1 holds of each position's own sine."""
     run, record = next(iter(found.items()))
     fig, ((left, right),) = mg.new_figure(2, width=4.8, height=3.4)
@@ -367,10 +367,10 @@ def plot_evidence(found, path):
     right.set(ylabel="R² of the probe", ylim=(-0.02, 1))
     right.set_title(f"sin({run.b:g}·x) in layer 1, where no answer needs it", fontsize=10)
     caption = f"\nloss of the task that training is at: b rises from {run.b_start:g} to {run.b:g}"
-    mg.save_figure(fig, path, about(found) + caption)
+    return mg.finish(fig, about(found) + caption)
 
 
-def plot_sequence(found, run, folder, path):
+def plot_sequence(found, run, folder):
     """One sequence, position by position: what layer 1 carries, what each answer needs and gets."""
     kept = kept_arrays(found, run, folder)
     x, y = sample_task(run, 512, EVALUATION + 5)
@@ -382,7 +382,7 @@ def plot_sequence(found, run, folder, path):
     low.bar(n, y[0, shown].numpy(), color="#dddddd", label="needed")
     for arm in ("vanilla", "myopic"):
         colour, _, marker = mg.look(arm)
-        model = mg.load_weights(make_model(run), kept[arm])
+        model = mg.load_weights(make_model(replace(run, arm=arm)), kept[arm])
         with torch.no_grad():
             state = model.hidden_states(x)[1].double()  # (512, T, C)
             answer, _ = model(x[:1])  # (1, T)
@@ -402,10 +402,10 @@ def plot_sequence(found, run, folder, path):
     for ax in (top, low):
         ax.margins(y=0.15)
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    mg.save_figure(fig, path, f"held out; p = {run.p:g}, seed {run.seed}")
+    return mg.finish(fig, f"held out; p = {run.p:g}, seed {run.seed}")
 
 
-def plot_patch(found, path):
+def plot_patch(found):
     """Cause and effect: how far answers move when layer 1's state at one position is exchanged."""
     run, record = next(iter(found.items()))
     slopes = {}
@@ -419,12 +419,12 @@ def plot_patch(found, path):
     ax.axhline(1, color="#999999", linewidth=0.8)
     ax.set(xlabel="answers so many positions later", ylabel="slope: moved / due", xticks=range(K))
     fig.suptitle(f"One state exchanged: {run.arm}'s answers move by {inside:.2f} of what is due")
-    mg.save_figure(fig, path, "shaded: the answers that sum that sine\n" + about(found))
+    return mg.finish(fig, "shaded: the answers that sum that sine\n" + about(found))
 
 
-def plot_gradients(found, run, folder, path):
+def plot_gradients(found, run, folder):
     """Whom the gradient serves: vanilla's trained weights, the backward passes of three arms."""
-    weights = kept_arrays(found, run, folder)["vanilla"]
+    weights = kept_arrays(found, run, folder, ["vanilla"])["vanilla"]
     x, y = sample_task(run, 64, EVALUATION + 6)
     fig, (row,) = mg.new_figure(3, width=3.6, height=3.4)
     tables = {}
@@ -444,10 +444,10 @@ def plot_gradients(found, run, folder, path):
     fig.colorbar(image, ax=list(row), label="gradient of loss i by the embedding at j")
     fig.suptitle("Which losses pull at position j: all later ones, near ones, its own")
     caption = "white: exactly zero; vanilla's weights; of the largest"
-    mg.save_figure(fig, path, f"{caption}; p = {run.p:g}, a = {run.a}, seed {run.seed}")
+    return mg.finish(fig, f"{caption}; p = {run.p:g}, a = {run.a}, seed {run.seed}")
 
 
-def draw_film(found, run, folder, path):
+def draw_film(found, run, folder):
     """precache.gif: what the probe reads in layer 1 while both models train, and the losses."""
     kept, curves = kept_arrays(found, run, folder), {}
     for arm in ("vanilla", "myopic"):
@@ -480,8 +480,7 @@ def draw_film(found, run, folder, path):
     last = len(curves["vanilla"]) - 1
     frames = [*range(0, last, 2), last, last, last, last]  # two seconds of the end
     film = FuncAnimation(fig, frame, frames=frames, init_func=fig.draw_without_rendering)
-    mg.write_whole(path, lambda part: film.save(part, writer=PillowWriter(fps=2)))
-    print(f"film {path}")
+    return lambda part: film.save(part, writer=PillowWriter(fps=2))
 
 
 # ------------------------ table and report
@@ -544,7 +543,7 @@ def report(found, args):
 def flags(argv=None):
     """argv -> args."""
     p = dict(nargs="+", type=float, metavar="P", help="how often the answer needs the sines")
-    args = mg.parse_flags(__file__, PRESETS, argv, [("--p", p)])
+    args = mg.parse_flags(__file__, __doc__, PRESETS, argv, [("--p", p)])
     args.runs = []
     for value in args.p:
         args.runs += mg.all_runs(args, replace(args.run, p=value), lambda channels: 2)

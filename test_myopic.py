@@ -330,7 +330,7 @@ def test_bad_values_are_refused():
     pytest.raises(mg.UsageError, model.generate, idx[:, :0], 4)
     pytest.raises(mg.UsageError, model.generate, idx, 4, temperature=0)
     pytest.raises(mg.UsageError, model.generate, idx, 4, top_k=0)
-    pytest.raises(mg.UsageError, make_gpt(past="no_such"), idx[:, :8])
+    pytest.raises(mg.UsageError, mg.GPTConfig, 1, 1, 1, 1, 1, past="no_such")
     bad = [dict(dtype="bf16"), dict(block_size=2.5), dict(n_head=0), dict(n_embd=7)]
     bad += [dict(arm="no_such"), dict(arm="horizon_1.5"), dict(learning_rate=math.nan)]
     bad += [dict(learning_rate=math.inf), dict(weight_decay=-1), dict(max_iters=0), dict(beta1=1)]
@@ -490,6 +490,7 @@ def test_a_file_is_whole_or_not_there_and_a_full_disk_costs_the_arrays_alone(tmp
     monkeypatch.setattr(np, "savez_compressed", fail)
     mg.save_run(tmp_path, mg.TextRun(), {}, dict(a=np.zeros(2)))
     assert [path.name for path in tmp_path.rglob("*.*")] == [f"{mg.TextRun().name()}.json"]
+    pytest.raises(mg.UsageError, mg.draw, tmp_path / "figure", lambda: fail)
     monkeypatch.setattr(mg, "write_whole", Mock())
     mg.save_run(tmp_path, mg.TextRun(), {}, {})  # the record comes last: it says that all is there
     assert [c.args[0].suffix for c in mg.write_whole.call_args_list] == [".npz", ".json"]
@@ -548,6 +549,13 @@ def test_what_is_recorded_is_drawn_whatever_the_console_and_the_settings(tmp_pat
     assert figure.exists() and len(records) == 2  # bigram was not trained
 
 
+def test_flags_by_hand_override_the_preset():
+    runs = mg.flags(["--preset", "full", "--n_layer", "3"]).runs  # one size: no sweep
+    assert {(run.n_layer, run.n_embd) for run in runs} == {(3, 96)}
+    args = mg.flags(["--sizes", "3x64"])
+    assert args.runs[0].n_head == 4 and args.out_dir == Path("out", "quick")
+
+
 BAD = [
     ("--sizes 3by4", "size 3by4"),
     ("--data LATIN", "LATIN"),
@@ -603,7 +611,12 @@ def test_a_worker_killed_for_its_memory_is_one_line_and_status_1(capsys):
 def shown(monkeypatch):
     """{file name: figure that would be saved}, and under "table" the rows that would be printed."""
     shown = {}
-    monkeypatch.setattr(mg, "save_figure", lambda fig, path, _: shown.update({path.name: fig}))
+
+    def finish(fig, caption):
+        return lambda path: shown.update({path.name: fig})
+
+    monkeypatch.setattr(mg, "finish", finish)
+    monkeypatch.setattr(mg, "write_whole", lambda path, write: write(path))
     monkeypatch.setattr(mg, "print_table", lambda title, header, rows, _: shown.update(table=rows))
     return shown
 
@@ -635,7 +648,7 @@ def test_gaps_and_shares_are_paired_by_seed():
 
 
 def test_the_report_of_english(shown, tmp_path, monkeypatch):
-    monkeypatch.setattr(mg, "plot_lags", Mock())
+    monkeypatch.setattr(mg, "plot_lags", Mock(side_effect=mg.UsageError("it takes more")))
     large = make_records(dict(vanilla={0: 1, 1: 1}, myopic={0: 2, 1: 4}, bigram={0: 4, 1: 4}))
     small = make_records(dict(vanilla={0: 3}, myopic={0: 4}, bigram={0: 5}), 48, 3)
     mg.report(large | small, SimpleNamespace(out_dir=tmp_path))
@@ -653,6 +666,15 @@ def test_the_report_of_english(shown, tmp_path, monkeypatch):
     # positions 0 (where context is worth nothing), 1, and 2 and 3
     myopic, bigram = heights(right)
     assert math.isnan(myopic[0]) and myopic[1:] == [2, 4] and bigram[1:] == [3, 6]
+
+
+def test_a_line_of_sizes_joins_models_that_differ_in_one_thing(shown):
+    values = {(2, 16, 10): [1], (1, 32, 15): [5], (2, 32, 20): [2, 4]}
+    mg.plot_sizes(dict(gap=values, other=values | {(2, 32, 20): [9]}), "costs", "")(Path("sizes"))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in shown["sizes"].axes[0].lines}
+    assert lines["2 layers"] == [[10, 1], [20, 3]] and lines["32 channels"] == [[15, 5], [20, 3]]
+    assert shown["sizes"].get_suptitle() == "costs 1.0 % at 2x16, 3.0 ± 1.4 % at 2x32"
+    pytest.raises(mg.UsageError, mg.plot_sizes, dict(gap=values | {(1, 32, 15): []}), "", "")
 
 
 def test_the_table_takes_letters_as_they_are_and_cuts_nothing(capsys):
@@ -841,8 +863,8 @@ def test_the_table_and_the_figures_of_sines_show_the_records(shown, tmp_path):
     record |= dict(a=3, patch_slope=[9, 4, 5, 6, 9])
     assert synthetic.main_numbers(record) == (1, 2, 3, 4, 5)
     found = mg.read_runs(ROOT / "results" / "demo", synthetic.SineRun)
-    synthetic.plot_evidence(found, tmp_path / "evidence")
-    synthetic.plot_patch(found, tmp_path / "patch")
+    synthetic.plot_evidence(found)(tmp_path / "evidence")
+    synthetic.plot_patch(found)(tmp_path / "patch")
     left, right = shown["evidence"].axes
     (patch,) = shown["patch"].axes
     curves, probes, slopes = heights(left)[1:], right.patches, heights(patch)
@@ -851,10 +873,27 @@ def test_the_table_and_the_figures_of_sines_show_the_records(shown, tmp_path):
         assert probe.get_height() == record["probe_r2"][1][0] and slope == record["patch_slope"]
 
 
+def test_pictures_of_trained_models_are_of_their_own_weights(shown, tmp_path):
+    folder = ROOT / "results" / "demo"
+    found = mg.read_runs(folder, synthetic.SineRun)
+    run = replace(next(iter(found)), arm="bigram")  # the first arm of a call may be any
+    synthetic.plot_gradients(found, run, folder)(tmp_path / "gradients")
+    lag = np.arange(12)[:, None] - np.arange(12)
+    for ax, reach in zip(shown["gradients"].axes, (11, 8, 0)):
+        is_drawn = ~np.ma.getmaskarray(ax.images[0].get_array())
+        assert np.array_equal(is_drawn, (lag >= 0) & (lag <= reach))
+    synthetic.plot_sequence(found, run, folder)(tmp_path / "sequence")
+    for ax in shown["sequence"].axes:
+        true = [bar.get_height() for bar in ax.patches[:12]]
+        vanilla, myopic = (np.abs(np.subtract(y, true)).mean() for y in heights(ax))
+        assert vanilla < 0.25 < myopic
+    pytest.raises(mg.UsageError, synthetic.plot_sequence, {}, run, folder)  # not asked for
+
+
 def test_the_shares_of_lags_in_words(shown, tmp_path):
     last = [[9] * 12, [0.6, 0.1, 0.1, 0.1, *[0.0125] * 8]]  # W_K, W_V
     record = dict(lag_share=dict(start=[last, last], end=[[[9] * 12] * 2, last]))
-    mg.plot_lags({mg.TextRun(): record}, 3, "", tmp_path / "lags")
+    mg.plot_lags({mg.TextRun(): record}, 3, "")(tmp_path / "lags")
     said = shown["lags"].get_suptitle()
     assert "later positions give 40 % (by counting 85 %)" in said
     assert "the next 3 positions 30 % (by counting 38 %)" in said
