@@ -754,7 +754,7 @@ def print_table(title, header, rows, caption):
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
-def new_figure(columns=1, rows=1, width=4.2, height=3.2, **shared):
+def new_figure(columns=1, rows=1, width=5, height=3.2, **shared):
     """A figure and its (rows, columns) array of axes; sizes in inches per panel."""
     fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
     return fig, fig.subplots(rows, columns, squeeze=False, **shared)
@@ -921,7 +921,7 @@ def plot_gaps(found, caption):
             position[arm] = np.where(worth, position[arm], np.nan)
         caption += "; by position: where the bigram's gap is above 0.1 nats"
 
-    fig, ((left, right),) = new_figure(2, width=5)
+    fig, ((left, right),) = new_figure(2)
     draw_arms(left, steps, training)
     draw_arms(right, range(len(starts)), position)
     left.set(title="while training", xlabel="training steps", ylabel="loss − vanilla's (nats)")
@@ -1159,13 +1159,13 @@ def parse_flags(script, doc, presets, argv, more):
     # one job for each core that torch may use; 61 is the most of Windows
     jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
 
-    # what is given by hand overrides the preset, and the preset these
+    # what is given overrides the preset, and the preset these
     preset = dict(sizes=[], jobs=jobs, out_dir=Path("out", args.preset)) | presets[args.preset]
-    by_hand = {name: value for name, value in vars(args).items() if value is not None}
-    if by_hand.keys() & {"n_layer", "n_head", "n_embd"}:
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if given.keys() & {"n_layer", "n_head", "n_embd"}:
         preset["sizes"] = []  # one size by hand: no sweep
-    args = argparse.Namespace(script=script, **(preset | by_hand))
-    of_run = {f.name: by_hand[f.name] for f in settings if f.name in by_hand}
+    args = argparse.Namespace(script=script, **(preset | given))
+    of_run = {f.name: given[f.name] for f in settings if f.name in given}
     args.run = replace(args.run, **of_run)
     require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")
     require(args.seeds >= 1, f"seeds is {args.seeds}: give 1 or more")

@@ -323,7 +323,7 @@ def test_dropout_acts_in_training_alone():
 def test_bad_values_are_refused():
     (x, w, b), _ = attention_inputs(9)
     bad = [(x[0], w, b, 3), (x, w[:36], b, 3), (x, w, b, 5), (x, w, b, 0), (x, w, b, 3, 1.5)]
-    for arguments in [*bad, (x, w, b, 3, 0, "k")]:
+    for arguments in [*bad, (x, w, b[:9], 3), (x, w, b, 3, -1), (x, w, b, 3, 0, "k")]:
         pytest.raises(mg.UsageError, mg.myopic_attention, *arguments)
     model, (idx, _) = make_gpt(), batch(9)
     pytest.raises(mg.UsageError, model, idx)  # block_size is 8
@@ -539,14 +539,17 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(tmp_path, monkeypat
 
 
 def test_what_is_recorded_is_drawn_whatever_the_console_and_the_settings(tmp_path, monkeypatch):
-    call(tmp_path, "--arms vanilla myopic")
+    seeds = "--seed 2 --seeds 2"
+    call(tmp_path, f"{seeds} --arms vanilla myopic")
+    kept = [path.name.split("-")[2] for path in tmp_path.glob("OUT/runs/*.npz")]
+    assert kept == ["seed2", "seed2"]  # arrays of the first seed alone
     figure = tmp_path / "OUT" / "text_gaps.png"
     figure.unlink()
     # a console that lacks some letters, and a user's setting that takes latex
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
-    records = call(tmp_path, "--arms vanilla myopic bigram --plot_only")
-    assert figure.exists() and len(records) == 2  # bigram was not trained
+    records = call(tmp_path, f"{seeds} --arms vanilla myopic bigram --plot_only")
+    assert figure.exists() and len(records) == 4  # bigram was not trained
 
 
 def test_flags_by_hand_override_the_preset():
@@ -786,6 +789,8 @@ def test_the_sine_model_starts_with_waves_and_the_same_in_every_arm():
     model = synthetic.make_model(replace(synthetic.FULL, wave_std=0.3))
     waves = model.transformer.wpe.weight
     assert waves.square().mean().item() == pytest.approx(0.3**2, rel=0.1)
+    assert waves[0, ::2].abs().max() < 1e-6 < waves[0, 1::2].min()  # sines, cosines
+    assert relative_error(waves[:, 2], waves[:, 0]) > 0.1  # of another frequency
     myopic = synthetic.make_model(replace(synthetic.FULL, wave_std=0.3, arm="myopic"))
     assert_agree(trained(myopic), trained(model), 0)
 
