@@ -202,6 +202,8 @@ def test_padded_log_sum_exp_and_large_scores():
     for grad_fn in (padded, trailing):
         got = mg.log_sum_exp(0 * q, k, SimpleNamespace(grad_fn=grad_fn))  # read, not computed
         assert torch.equal(got, lse)
+    computed = mg.log_sum_exp(q.bfloat16(), k.bfloat16(), SimpleNamespace(grad_fn=None))
+    assert computed.dtype == torch.float32
     big = torch.full((1, 1, 2, 8), 300.0)
     dk, dv = mg.lag_gradients(0, big, big, big, big, big, torch.zeros(1, 1, 2))
     assert dk.isfinite().all() and torch.equal(dv, big)  # P is at most 1, however wrong lse is
@@ -383,8 +385,13 @@ def test_a_step_is_clipped_and_takes_its_products_in_the_dtype(monkeypatch, dtyp
     run = mg.TextRun(max_iters=1, grad_clip=0.01, warmup=0, dtype=dtype)
     monkeypatch.setattr(mg, "attend", Mock(wraps=mg.attend))
     before = [p.detach().clone() for p in model.parameters()]
+    is_autocast = []  # in the backward pass
+    model.lm_head.weight.register_hook(
+        lambda g: is_autocast.append(torch.is_autocast_enabled("cpu"))
+    )
     plain = torch.optim.SGD(model.parameters(), 1.0)
     mg.train(model, [plain], lambda step: batch(6), run, Mock())
+    assert is_autocast and not any(is_autocast)
     assert mg.attend.call_args[0][0].dtype == getattr(torch, dtype)
     assert all(p.grad is None for p in model.parameters())  # nothing is left for the next step
     moved = [(p - old).flatten() for p, old in zip(model.parameters(), before)]
