@@ -485,7 +485,7 @@ def test_a_new_field_loses_no_record_and_a_changed_default_does(tmp_path):
     assert Newer(seed=3).name() == run.name()
     assert Newer(seed=3) in mg.read_runs(tmp_path, Newer)
     mg.save_run(tmp_path, run, asdict(run) | dict(max_iters=701), None)  # the default of its time
-    assert run not in mg.read_runs(tmp_path, mg.TextRun)
+    assert not mg.read_runs(tmp_path, mg.TextRun)
 
 
 def test_a_file_is_whole_or_not_there_and_a_full_disk_costs_the_arrays_alone(tmp_path, monkeypatch):
@@ -643,8 +643,8 @@ def make_records(losses, n_embd=96, n_params=7):
         for seed, loss in by_seed.items():
             record = dict(val_loss=loss, train_loss=9, n_params=n_params, sample="so\x1b\x9b\r")
             record["curve"] = [[0, 9, 0], [4, 9, loss]]  # step, training loss, validation loss
-            record["loss_by_position"] = [0, loss, loss, 3 * loss]
-            found[mg.TextRun(arm=arm, seed=seed, block_size=4, n_embd=n_embd)] = record
+            record["loss_by_position"] = [0, loss, loss, 3 * loss, loss]
+            found[mg.TextRun(arm=arm, seed=seed, block_size=5, n_embd=n_embd)] = record
     return found
 
 
@@ -673,9 +673,9 @@ def test_the_report_of_english(shown, tmp_path, monkeypatch):
     assert heights(left) == [[0, 2], [0, 3]] and left.lines[0].get_xdata().tolist() == [0, 4]
     low, high = left.collections[0].get_paths()[0].get_extents().intervaly
     assert (low, high) == pytest.approx((0, 2 + math.sqrt(2)))  # mean + standard deviation
-    # positions 0 (where context is worth nothing), 1, and 2 and 3
+    # positions 0 (where context is worth nothing), 1, 2 and 3, and 4
     myopic, bigram = heights(right)
-    assert math.isnan(myopic[0]) and myopic[1:] == [2, 4] and bigram[1:] == [3, 6]
+    assert math.isnan(myopic[0]) and myopic[1:] == [2, 4, 2] and bigram[1:] == [3, 6, 3]
 
 
 def test_a_line_of_sizes_joins_models_that_differ_in_one_thing(shown):
@@ -861,6 +861,8 @@ def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
     for step, b in ((0, 2.0), (6, 4.0)):
         frame(step)
         assert film.get_suptitle() == f"step {step}: the sine is sin({b}·x)"
+        grid, grey = film.axes[0].lines[0].get_data()
+        assert np.allclose(grey, np.sin(b * grid))
 
     for path in tmp_path.glob("runs/*.npz"):
         path.unlink()  # as for seeds of which no arrays are kept
