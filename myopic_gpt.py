@@ -931,28 +931,34 @@ def plot_gaps(found, caption):
     return finish(fig, caption)
 
 
-@matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
-def report(found, args):
-    """The table, then the figures."""
-    sizes = by_size(found)
+def table_rows(found):
+    """-> a row for each size and arm; the last cell is what the first seed's model writes."""
     rows = []
-    for (layers, channels, n_params), group in sizes.items():
+    for (layers, channels, n_params), group in by_size(found).items():
         for arm in arms_of(group):
             row = [f"{layers}x{channels}", f"{n_params:,}", arm]
-            row.append(mean_sd(per_seed(group, arm, "val_loss")))
+            losses = per_seed(group, arm, "val_loss")
+            row += [str(len(losses)), mean_sd(losses)]
             row.append(mean_sd(per_seed(group, arm, "train_loss")))
             row.append(mean_sd(list(gaps(group, arm).values())))
             row.append(mean_sd(shares_of_bigram(group, arm), 1))
             sample = per_seed(group, arm, "sample")[0]
             row.append("".join(c if c.isprintable() else " " for c in sample))
             rows.append(row)
+    return rows
+
+
+@matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
+def report(found, args):
+    """The table, then the figures."""
     run = next(iter(found))
     steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes; {seeds_of(found)}"
-    header = ["size", "parameters", "arm", "val loss", "train loss", "gap"]
+    header = ["size", "parameters", "arm", "n", "val loss", "train loss", "gap"]
     header += ["% of bigram's gap", "writes"]
-    caption = "losses in nats per byte; gap: loss − vanilla's of the same seed"
-    print_table(f"English: {steps}", header, rows, caption)
+    caption = "nats per byte; n seeds; gap: loss − vanilla's of the same seed"
+    print_table(f"English: {steps}", header, table_rows(found), caption)
 
+    sizes = by_size(found)
     largest = list(sizes.values())[-1]
     folder = args.out_dir
     draw(folder / "text_gaps.png", plot_gaps, largest, steps)

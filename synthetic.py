@@ -497,9 +497,8 @@ def is_papers_task(run):
     return shape == (10, 10.0, 64, 2, 2, 128)
 
 
-@matplotlib.style.context("default")  # as in myopic_gpt.py
-def report(found, args):
-    """The table; then the figures, of the largest p and the largest model."""
+def table_rows(found):
+    """-> a row for each p, size and arm; the last cell is the paper's Huber / p."""
     groups = {}
     for run, record in found.items():
         size = f"{run.n_layer}x{run.n_embd}"
@@ -510,10 +509,16 @@ def report(found, args):
         paper = PAPER.get(p, {}).get(arm, "-") if is_papers_task(next(iter(group))) else "-"
         cells = map(mg.mean_sd, columns)
         rows.append([f"{p:g}", size, arm, str(len(group)), *cells, str(paper)])
+    return rows
+
+
+@matplotlib.style.context("default")  # as in myopic_gpt.py
+def report(found, args):
+    """The table; then the figures, of the largest p and the largest model."""
     header = ["p", "size", "arm", "n", "Huber/p", "ratio"]
     header += ["probe R²", "untrained", "slope", "paper"]
     caption = "mean ± standard deviation over n seeds; probe: layer 1, its own sine, held out"
-    mg.print_table("Pre-caching", header, rows, caption)
+    mg.print_table("Pre-caching", header, table_rows(found), caption)
 
     folder, p_shown = args.out_dir, max(run.p for run in found)
     of_p = {run: record for run, record in found.items() if run.p == p_shown}
