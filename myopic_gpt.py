@@ -851,12 +851,13 @@ def plot_sizes(panels, finding, caption):
                     ax.plot([size[2] for size in sizes], means, style, label=f"{shared} {name}")
         ax.plot([], "k.", label="seeds")
         ax.legend(frameon=False, fontsize=8)
+        names = []
         for (layers, channels, n_params), of_seeds in values.items():
             ax.plot([n_params] * len(of_seeds), of_seeds, "k.", markersize=4)
-            ax.text(n_params, max(of_seeds), f"{layers}x{channels}\n", fontsize=8, ha="center")
+            names.append(f"{layers}x{channels}\n{n_params / 1000:.0f}k")
         ax.axhline(0, color="#999999", linewidth=0.8)
-        ax.set(xscale="log", xlabel="parameters", ylabel=ylabel)
-        ax.set_xticks([size[2] for size in values], [f"{size[2] / 1000:.0f}k" for size in values])
+        ax.set(xscale="log", xlabel="layers x channels, parameters", ylabel=ylabel)
+        ax.set_xticks([size[2] for size in values], names)
         ax.minorticks_off()
         ax.margins(y=0.15)
         ax.tick_params(axis="x", labelsize=7)
