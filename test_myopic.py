@@ -61,20 +61,20 @@ def batch(T, B=2):
     return torch.randint(11, (2, B, T), generator=torch.Generator().manual_seed(1))
 
 
-def trained(model):
+def trainable(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def gradients(model, idx, targets):
     """{name: gradient of the loss}"""
-    parameters = trained(model)
+    parameters = trainable(model)
     grads = torch.autograd.grad(model(idx, targets)[1], list(parameters.values()))
     return dict(zip(parameters, grads))
 
 
 # ------------------------ the definition, literally
 def literal_losses(copies, idx, targets, owner):
-    """The loss at every position (T,), where position i computes with its own copy of the model.
+    """T losses, one per position, where position i computes with its own copy of the model.
     owner: whose copy of W_K, W_V makes the key of writer j for reader i, "reader" or "writer"."""
     n_head, T = copies[0].config.n_head, idx.size(1)
     x = [model.embed(idx)[:, i] for i, model in enumerate(copies)]  # T of (B, C)
@@ -104,13 +104,13 @@ def literal_losses(copies, idx, targets, owner):
 
 def literal_gradient(model, idx, targets, which, owner):
     """The gradient of the mean loss by the definition: the sum of d loss_i / d (copy j) over all i
-    and j (which="all") or over i = j (which="diagonal"). Of the model only its layers are used."""
+    and j (which="all") or over i = j (which="diagonal"). The model's forward is never called."""
     copies = [copy.deepcopy(model) for _ in range(idx.size(1))]
     losses = literal_losses(copies, idx, targets, owner)
-    total = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+    total = {name: torch.zeros_like(p) for name, p in trainable(model).items()}
     for j, model_j in enumerate(copies):
         loss = losses[j] if which == "diagonal" else sum(losses)
-        of_j = list(trained(model_j).values())
+        of_j = list(trainable(model_j).values())
         grads = torch.autograd.grad(loss, of_j, retain_graph=True, materialize_grads=True)
         for name, grad in zip(total, grads):
             total[name] += grad
@@ -149,7 +149,7 @@ def attention_gradients(f, leaves, dy, *settings):
 
 
 def oracle(x, w, b, n_head, horizon, cut):
-    """The same by autograd: the live stream where 0 <= i - j <= horizon, a detached one before."""
+    """myopic_attention by autograd: a live stream where i - j <= horizon, a detached one before."""
     q, k, v = mg.heads(x, w, b, n_head)
     k_past, v_past = k.detach(), v.detach()
     if cut == "hidden":
@@ -197,7 +197,7 @@ def test_it_holds_under_checkpointing_and_compile():
         assert_agree(attention_gradients(way, leaves, dy), true, 1e-12)
 
 
-def test_autocast_as_torchs_own():
+def test_under_autocast_y_is_bfloat16_and_gradients_are_float32():
     leaves, dy = attention_inputs(dtype=torch.float32)
     true = attention_gradients(mg.myopic_attention, leaves, dy, 3)
     under_autocast = torch.autocast("cpu", torch.bfloat16)(mg.myopic_attention)
@@ -207,17 +207,17 @@ def test_autocast_as_torchs_own():
 
 
 def test_what_it_saves_is_small_and_is_freed_by_the_backward_pass():
-    leaves, dy = attention_inputs()
+    leaves, dy = attention_inputs(T=9)
     y = mg.myopic_attention(*leaves, 3)
-    saved = y.grad_fn.saved_tensors  # x, w, q, k, v, O; none is (T, T)
-    assert all(t.shape[-2:] != (9, 9) for t in saved)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(y.sum(), leaves, create_graph=True)
+    saved = y.grad_fn.saved_tensors  # x, w, q, k, v, O; none is (T, T)
+    assert all(t.shape[-2:] != (9, 9) for t in saved)
     kept = [weakref.ref(t) for t in saved[2:]]  # q, k, v, O
     del saved
     first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    second = torch.autograd.grad(y, leaves, dy)
-    assert all(map(torch.equal, first, second))
+    assert all(ref() is not None for ref in kept)
+    assert all(map(torch.equal, first, torch.autograd.grad(y, leaves, dy)))
     assert all(ref() is None for ref in kept)  # by counting references: there is no cycle
 
 
@@ -252,13 +252,13 @@ def test_bigram_sees_no_past_and_local_myopic_its_teachers():
 
     teacher = make_gpt(dropout=0.5)
     local = mg.LocalMyopicGPT(replace(teacher.config, past="frozen", dropout=0), teacher).double()
-    assert not trained(teacher)
+    assert not trainable(teacher)
     # with its teacher's own weights it is myopic, if the teacher does not drop out
     local.load_state_dict(teacher.state_dict(), strict=False)
     true = gradients(make_gpt(horizon=0), idx, targets)
     assert_agree(gradients(local.train(), idx, targets), true)
     before, _ = local(idx)
-    torch.nn.init.normal_(teacher.transformer.h[1].ln_1.weight)
+    torch.nn.init.normal_(teacher.transformer.h[1].ln_1.weight)  # makes the past of block 1
     moved = ((local(idx)[0] - before).abs() > 1e-9).any(-1)  # (B, T)
     assert not moved[:, 0].any() and moved[:, 1:].all()
 
@@ -286,7 +286,7 @@ def test_bad_values_are_refused():
     for settings in [*bad, dict(learning_rate=math.nan), dict(weight_decay=-1), dict(beta1=1)]:
         pytest.raises(mg.UsageError, mg.TextRun, **settings)
     for settings in (dict(p=0), dict(p=1.5), dict(a=32), dict(arm="local_myopic"), dict(seed=9000)):
-        pytest.raises(mg.UsageError, replace, synthetic.QUICK, **settings)
+        pytest.raises(mg.UsageError, replace, synthetic.QUICK, **settings)  # a < T, seed < 9000
 
 
 # ------------------------ text and training
@@ -297,11 +297,11 @@ def test_muon_takes_the_matrices_that_a_run_names_and_adamw_the_rest():
         assert adamw.defaults["betas"] == (0.9, 0.95)
         groups = [*adamw.param_groups, *muon.param_groups]  # matrices, norms and biases; Muon's
         assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.3]
-        assert [len(group["params"]) for group in groups] == [6 - n, 10, n]
+        assert [len(group["params"]) for group in groups] == [6 - n, 10, n]  # 6: 4, 2 embeddings
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_is_the_clipped_gradient_times_the_rate(monkeypatch, dtype):
+def test_a_step_is_the_clipped_gradient_times_the_rate_in_the_dtype(monkeypatch, dtype):
     run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, grad_clip=0.1, dtype=dtype)
     model, weights, is_autocast = make_gpt(torch.float32), [], []
     monkeypatch.setattr(mg, "attend", Mock(wraps=mg.attend))
@@ -322,7 +322,7 @@ def test_a_step_is_the_clipped_gradient_times_the_rate(monkeypatch, dtype):
     assert is_autocast == 4 * [False]  # in the backward pass
 
 
-def test_text_is_split_between_paragraphs_and_holds_each_of_english_once(tmp_path):
+def test_text_is_split_between_paragraphs_and_each_of_english_is_there_once(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("\ufeff" + "the cat, the dög.\n\n" * 200, encoding="utf-8")
     train, held_out = (part.decode() for part in mg.load_text([file], 8))
@@ -362,7 +362,7 @@ def test_arms_share_start_and_batches_and_seeds_share_none(monkeypatch):
     for c in mg.train.call_args_list:
         model, _, next_batch, *_ = c.args
         seen.append(model.transformer.state_dict() | dict(xy=torch.stack(next_batch(1))))
-    vanilla, teacher, local, other_seed = seen
+    vanilla, teacher, local, other_seed = seen  # local_myopic trains its teacher first
     assert_agree(teacher, vanilla, 0)
     assert_agree(local, vanilla, 0)
     for name in ("xy", "wte.weight"):
@@ -380,7 +380,7 @@ def test_a_file_is_whole_or_not_there_and_a_full_disk_costs_the_arrays_alone(tmp
     monkeypatch.setattr(np, "savez_compressed", fail)
     mg.save_run(tmp_path, mg.TextRun(), {}, dict(a=np.zeros(2)))
     assert [path.name for path in tmp_path.rglob("*.*")] == [f"{mg.TextRun().name()}.json"]
-    pytest.raises(mg.UsageError, mg.draw, tmp_path / "figure", lambda: fail)
+    pytest.raises(mg.UsageError, mg.draw, tmp_path / "figure", lambda: fail)  # a plot's writer
     monkeypatch.setattr(mg, "write_whole", Mock())
     mg.save_run(tmp_path, mg.TextRun(), {}, {})  # the record comes last: it says that all is there
     assert [c.args[0].suffix for c in mg.write_whole.call_args_list] == [".npz", ".json"]
@@ -397,7 +397,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def call(words, out="out/demo"):
-    """Run the command -> {run: record, but for what the clock says}, all that the folder holds."""
+    """Run the command -> {run: record} of all that the folder then holds; seconds are set to 0."""
     mg.main(f"{TINY} {words} --out_dir {out}".split())
     found = mg.read_runs(out, mg.TextRun)
     return {run: record | dict(seconds=0) for run, record in found.items()}
@@ -411,7 +411,7 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch
     records = call(arms)
     assert torch.get_num_threads() == 1
     assert call(arms) == records and mg.train.call_count == 5  # a teacher is the fifth
-    assert call(f"{arms} --jobs 2", "two") == records
+    assert call(f"{arms} --jobs 2", "two") == records  # in other processes: not counted
     assert call("--arms vanilla bigram --fresh") == records and mg.train.call_count == 7
 
     vanilla, bigram = mg.report.call_args[0][0]  # the runs asked for, in that order
@@ -425,7 +425,6 @@ def test_figures_whatever_the_console_and_the_settings(folder, monkeypatch):
     monkeypatch.setitem(mg.matplotlib.rcParams, "text.usetex", True)  # takes latex
     records = call("--seed 2 --seeds 2 --arms vanilla myopic")
     assert Path("out/demo/text_gaps.png").exists()
-    assert len(list(Path("out/demo/runs").glob("*seed2*.npz"))) == 2
     assert not list(Path("out/demo/runs").glob("*seed3*.npz"))  # the first seed's alone are kept
     assert call("--seed 2 --arms vanilla bigram --plot_only") == records  # nothing is trained
 
@@ -479,8 +478,8 @@ def test_a_worker_killed_for_its_memory_is_one_line_and_status_1(capsys):
 
 
 # ------------------------ tables and figures say what the records say
-def test_table_and_figure_of_english_are_paired_by_seed(capsys):
-    losses = dict(vanilla={1: 1, 0: 1, 3: 2}, myopic={0: 2, 1: 4, 2: 9}, bigram={1: 4, 0: 4, 3: 2})
+def test_what_is_shown_of_english(capsys):
+    losses = dict(vanilla={1: 2, 0: 1, 3: 2}, myopic={0: 2, 1: 5, 2: 9}, bigram={1: 5, 0: 4, 3: 2})
     found = {}
     for arm, by_seed in losses.items():
         for seed, loss in by_seed.items():
@@ -488,9 +487,10 @@ def test_table_and_figure_of_english_are_paired_by_seed(capsys):
             record["curve"] = [[0, 8, 0], [4, 8, loss]]  # step, training loss, validation loss
             record["loss_by_position"] = [0, loss, loss, 3 * loss, loss]
             found[mg.TextRun(arm=arm, seed=seed, block_size=5)] = record
-    assert mg.gaps(found, "myopic") == {0: 1, 1: 3}
+    assert mg.gaps(found, "myopic") == {0: 1, 1: 3}  # of the seeds that vanilla has, too
     assert mg.shares_of_bigram(found, "bigram") == [100, 100]  # seed 3's gap of bigram is noise
-    numbers = ["3", "5.000 ± 3.606", "8.000 ± 0.000", "2.000 ± 1.414", "66.7 ± 47.1"]
+    numbers = ["3", "5.333 ± 3.512", "8.000 ± 0.000", "2.000 ± 1.414", "66.7 ± 47.1"]
+    # size, parameters, arm; n, both losses, gap, % of bigram's; sample
     assert mg.table_rows(found)[1] == ["3x96", "7", "myopic", *numbers, "so   "]
     mg.print_table("title", ["writes"], [["[red]:smile:" + 200 * "@"]], "caption")
     out = capsys.readouterr().out
@@ -498,9 +498,9 @@ def test_table_and_figure_of_english_are_paired_by_seed(capsys):
 
     left, right = mg.plot_gaps(found, "").__self__.axes  # a plot returns its figure's savefig
     myopic, bigram = (line.get_xydata().tolist() for line in left.lines)
-    assert myopic == bigram == [[0, 0], [4, 2]]  # step, mean over seeds
+    assert myopic == bigram == [[0, 0], [4, 2]]  # step; (1 + 3) / 2 and (3 + 3 + 0) / 3
     low, high = left.collections[0].get_paths()[0].get_extents().intervaly
-    assert (low, high) == pytest.approx((0, 2 + math.sqrt(2)))  # mean + standard deviation
+    assert (low, high) == pytest.approx((0, 2 + math.sqrt(2)))  # at step 0; mean + sd at 4
     # positions 0 (where context is worth nothing), 1, 2 and 3, and 4
     assert list(right.lines[0].get_ydata()) == pytest.approx([math.nan, 2, 4, 2], nan_ok=True)
     assert len({mg.look(f"horizon_{h}") for h in (1, 2, 4, 9, 10, 16)}) == 6
@@ -511,7 +511,7 @@ def test_bench_times_what_it_says(folder, monkeypatch):
     assert slow.startswith("1.00 (1.00–1.00)") and float(fast[:4]) < 0.5
     for name in ("two_stream_attention", "near_gradients"):
         monkeypatch.setattr(mg, name, Mock(wraps=getattr(mg, name)))
-    monkeypatch.setattr(mg, "time_calls", Mock(side_effect=list))  # instead: their names
+    monkeypatch.setattr(mg, "time_calls", Mock(side_effect=list))  # cells: names
     mg.main((TINY + "--bench").split())
     for c in mg.time_calls.call_args_list:
         for name, timed in c.args[0].items():
@@ -562,10 +562,10 @@ def test_probe_and_patch_find_what_a_known_model_holds():
     assert estimate == pytest.approx(np.sin(4 * x), abs=0.02)
     assert synthetic.r_squared(torch.tensor([[6.0]]), torch.tensor([[5.0], [7.0]])) == 0  # centred
     slopes = synthetic.patch(KnownModel(), run, 500, "cpu")
-    assert slopes == pytest.approx([0, 0.5, 0.5, 0.5, 0, 0], abs=1e-4)
+    assert slopes == pytest.approx([0, 0.5, 0.5, 0.5, 0, 0], abs=1e-4)  # n + 2's copy stays
 
 
-def test_training_and_evaluation_draw_what_they_should(monkeypatch):
+def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
     monkeypatch.setattr(synthetic, "sample_batch", Mock(wraps=synthetic.sample_batch))
     run = replace(synthetic.DEMO, max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
     model, numbers, _ = synthetic.train_sine(run, "cpu", Mock())
@@ -574,14 +574,14 @@ def test_training_and_evaluation_draw_what_they_should(monkeypatch):
         p, b, generator = c.args[2], c.args[4], c.args[5]
         x_std = c.args[6] if len(c.args) > 6 else 1.0  # evaluation leaves it out
         drawn.setdefault(generator.initial_seed(), []).append((b, p, x_std))
-    lessons = [synthetic.curriculum(run, step) for step in range(11)]
+    lessons = [synthetic.curriculum(run, step) for step in range(11)]  # (b, p, x_std)
     assert lessons[1] == (2.0, 1.0, 1.5) and lessons[9] == lessons[10] == (4.0, 0.5, 1.0)
-    assert lessons[4] == pytest.approx((3.0, 0.5 ** (1 / 3), 1.5))
-    assert drawn.pop(1007) == lessons[:10]
-    tasks = {(b, p, 1.0) for b, p, _ in lessons}  # the last is the run's own
+    assert lessons[4] == pytest.approx((3.0, 0.5 ** (1 / 3), 1.5))  # b halfway, p a third of it
+    assert drawn.pop(1007) == lessons[:10]  # TRAINING + the run's seed
+    assert list(drawn) == [10000, 10001, 10002, 10003]  # losses, probe fit, probe test, patch
     losses, fitted, tested, patched = map(set, drawn.values())
+    tasks = {(b, p, 1.0) for b, p, _ in lessons}  # the last is the run's own
     assert losses == fitted == tested == tasks and patched == {(4.0, 0.5, 1.0)}
-    assert list(drawn) == [10000, 10001, 10002, 10003]
     x, y = synthetic.sample_task(run, 64, synthetic.EVALUATION)
     assert numbers["lag_share"]["end"] == mg.lag_shares(model, x, y)
     loss = model.position_losses(model.hidden_states(x)[-1], y).mean().item()
@@ -591,7 +591,7 @@ def test_training_and_evaluation_draw_what_they_should(monkeypatch):
 def test_a_sine_model_starts_the_same_in_every_arm_with_positions_as_waves():
     run = replace(synthetic.FULL, wave_std=0.3)
     model, myopic = synthetic.make_model(run), synthetic.make_model(replace(run, arm="myopic"))
-    assert_agree(trained(myopic), trained(model), 0)
+    assert_agree(trainable(myopic), trainable(model), 0)
     other = synthetic.make_model(replace(run, seed=1))
     assert not torch.equal(other.read_in.weight, model.read_in.weight)
     waves = model.transformer.wpe.weight
@@ -638,7 +638,7 @@ def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
     for path in tmp_path.glob("runs/*.npz"):
         path.unlink()  # as for seeds of which no arrays are kept
     synthetic.main([*flags, "--plot_only"])
-    assert capsys.readouterr().out.count("no precache") == 3  # those of models
+    assert capsys.readouterr().out.count("no precache") == 3  # those that need weights
     assert len(list(tmp_path.glob("precache*"))) == 4
 
 
@@ -665,7 +665,7 @@ def test_run_all_from_anywhere_and_with_any_environment(tmp_path, words, status,
     odd["MPLBACKEND"] = "no_such"
     call = ["bash", "project/run_all.sh", *words.split()]
     done = subprocess.run(call, cwd=tmp_path, env=os.environ | odd, capture_output=True, text=True)
-    assert done.returncode == status and said in done.stdout and "==" not in done.stdout
+    assert done.returncode == status and said in done.stdout and "==" not in done.stdout  # a run
     assert "Traceback" not in done.stderr and len(done.stdout.splitlines()) < 8
     assert [path.name for path in tmp_path.iterdir()] == ["project"]  # nothing is made
 
@@ -693,7 +693,7 @@ def test_numbers_in_the_readmes_are_those_of_the_records():
             else:  # all but the training loss and what it writes
                 rows = [[*row[:5], *row[6:8]] for row in mg.table_rows(group)]
             for row in rows:
-                is_ablation = name == "earlier" and row[2] == "1"
+                is_ablation = name == "earlier" and row[2] == "1"  # of sines, n = 1
                 assert is_ablation or f"| {' | '.join(row)} |" in TABLES
         assert groups
     shown = [line for line in README.splitlines() if line.startswith("|") and "±" in line]
