@@ -418,6 +418,7 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch
     text = Path("text").read_bytes()
     digest = hashlib.sha256(b"%d " % (len(text) * 9 // 10) + text).hexdigest()
     assert (vanilla.arm, bigram.arm, vanilla.data_sha256) == ("vanilla", "bigram", digest)
+    assert replace(synthetic.QUICK, b=4).name() == replace(synthetic.QUICK, b=4.0).name()
 
 
 def test_figures_whatever_the_console_and_the_settings(folder, monkeypatch):
@@ -634,7 +635,6 @@ def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
         assert film.get_suptitle() == f"step {step}: the sine is sin({b}·x)"
         grid, grey = film.axes[0].lines[0].get_data()
         assert np.allclose(grey, np.sin(b * grid))
-
     for path in tmp_path.glob("runs/*.npz"):
         path.unlink()  # as for seeds of which no arrays are kept
     synthetic.main([*flags, "--plot_only"])
