@@ -39,7 +39,7 @@ for name in ("cuda", "mps"):
 
 
 def assert_agree(got, true, tolerance=1e-10):
-    """Two dicts of tensors: the same names, and |got - true| <= tolerance |true| for each."""
+    """Two dicts of tensors: the same names, |got - true| <= tolerance |true| (of 1, if it is 0)."""
     assert got.keys() == true.keys()
     for name in true:
         a, b = got[name].cpu().double(), true[name].cpu().double()
@@ -75,7 +75,7 @@ def gradients(model, idx, targets):
 # ------------------------ the definition, literally
 def literal_losses(copies, idx, targets, owner):
     """T losses, one per position, where position i computes with its own copy of the model.
-    owner: whose copy of W_K, W_V makes the key of writer j for reader i, "reader" or "writer"."""
+    owner: whose W_K, W_V make the key and value of writer j for reader i, "reader" or "writer"."""
     n_head, T = copies[0].config.n_head, idx.size(1)
     x = [model.embed(idx)[:, i] for i, model in enumerate(copies)]  # T of (B, C)
     for layer in range(copies[0].config.n_layer):
@@ -206,13 +206,13 @@ def test_under_autocast_y_is_bfloat16_and_gradients_are_float32():
     assert_agree(got, true, 0.03)
 
 
-def test_what_it_saves_is_small_and_is_freed_by_the_backward_pass():
+def test_second_derivatives_are_refused_and_what_it_saves_is_small_and_freed():
     leaves, dy = attention_inputs(T=9)
     y = mg.myopic_attention(*leaves, 3)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(y.sum(), leaves, create_graph=True)
-    saved = y.grad_fn.saved_tensors  # x, w, q, k, v, O; none is (T, T)
-    assert all(t.shape[-2:] != (9, 9) for t in saved)
+    saved = y.grad_fn.saved_tensors  # x, w, q, k, v, O; none is (T, T), nor is one of the kernel's
+    assert all(t.shape[-2:] != (9, 9) for t in saved) and "Flash" in saved[-1].grad_fn.name()
     kept = [weakref.ref(t) for t in saved[2:]]  # q, k, v, O
     del saved
     first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
@@ -502,7 +502,7 @@ def test_what_is_shown_of_english(capsys):
     assert myopic == bigram == [[0, 0], [4, 2]]  # step; (1 + 3) / 2 and (3 + 3 + 0) / 3
     low, high = left.collections[0].get_paths()[0].get_extents().intervaly
     assert (low, high) == pytest.approx((0, 2 + math.sqrt(2)))  # at step 0; mean + sd at 4
-    # positions 0 (where context is worth nothing), 1, 2 and 3, and 4
+    # positions 0 (bigram's gap is 0: left blank), 1, mean of 2 and 3, 4
     assert list(right.lines[0].get_ydata()) == pytest.approx([math.nan, 2, 4, 2], nan_ok=True)
     assert len({mg.look(f"horizon_{h}") for h in (1, 2, 4, 9, 10, 16)}) == 6
 
@@ -577,7 +577,7 @@ def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
         drawn.setdefault(generator.initial_seed(), []).append((b, p, x_std))
     lessons = [synthetic.curriculum(run, step) for step in range(11)]  # (b, p, x_std)
     assert lessons[1] == (2.0, 1.0, 1.5) and lessons[9] == lessons[10] == (4.0, 0.5, 1.0)
-    assert lessons[4] == pytest.approx((3.0, 0.5 ** (1 / 3), 1.5))  # b halfway, p a third of it
+    assert lessons[4] == pytest.approx((3.0, 0.5 ** (1 / 3), 1.5))  # b halfway there, log p a third
     assert drawn.pop(1007) == lessons[:10]  # TRAINING + the run's seed
     assert list(drawn) == [10000, 10001, 10002, 10003]  # losses, probe fit, probe test, patch
     losses, fitted, tested, patched = map(set, drawn.values())
