@@ -56,9 +56,9 @@ def make_gpt(dtype=torch.float64, **settings):
     return model
 
 
-def batch(T, B=2):
-    """-> idx, targets (B, T): random tokens for make_gpt's model."""
-    return torch.randint(11, (2, B, T), generator=torch.Generator().manual_seed(1))
+def batch(T):
+    """-> idx, targets (2, T): random tokens for make_gpt's model."""
+    return torch.randint(11, (2, 2, T), generator=torch.Generator().manual_seed(1))
 
 
 def trainable(model):
@@ -563,7 +563,7 @@ def test_probe_and_patch_find_what_a_known_model_holds():
     assert estimate == pytest.approx(np.sin(4 * x), abs=0.02)
     assert synthetic.r_squared(torch.tensor([[6.0]]), torch.tensor([[5.0], [7.0]])) == 0  # centred
     slopes = synthetic.patch(KnownModel(), run, 500, "cpu")
-    assert slopes == pytest.approx([0, 0.5, 0.5, 0.5, 0, 0], abs=1e-4)  # n + 2's copy stays
+    assert slopes == pytest.approx([0, 0.5, 0.5, 0.5, 0, 0], abs=1e-4)  # only n's state moves
 
 
 def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
@@ -663,8 +663,8 @@ def test_run_all_from_anywhere_and_with_any_environment(tmp_path, words, status,
     (tmp_path / "project").symlink_to(ROOT, target_is_directory=True)
     odd = dict(CDPATH=str(tmp_path), PYTHONOPTIMIZE="2", PYTHONSAFEPATH="1", PYTHONHOME="no_such")
     odd["MPLBACKEND"] = "no_such"
-    call = ["bash", "project/run_all.sh", *words.split()]
-    done = subprocess.run(call, cwd=tmp_path, env=os.environ | odd, capture_output=True, text=True)
+    bash = ["bash", "project/run_all.sh", *words.split()]
+    done = subprocess.run(bash, cwd=tmp_path, env=os.environ | odd, capture_output=True, text=True)
     assert done.returncode == status and said in done.stdout and "==" not in done.stdout  # a run
     assert "Traceback" not in done.stderr and len(done.stdout.splitlines()) < 8
     assert [path.name for path in tmp_path.iterdir()] == ["project"]  # nothing is made
