@@ -440,6 +440,51 @@ def token_losses(model, windows, count):
 
 
 # ------------------------ training
+def orthogonalize(X):
+    """(rows, columns) -> a matrix with the singular vectors of X and singular values near 1.
+
+    Five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X: each does to every singular
+    value s what a s + b s^3 + c s^5 does. Source: Jordan et al. (2024), "Muon"."""
+    if X.size(0) > X.size(1):
+        return orthogonalize(X.T).T  # the smaller X X^T
+    X = X / X.norm().clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        S = X @ X.T  # (rows, rows)
+        S = torch.addmm(S, S, S, beta=-4.7750, alpha=2.0315)  # b S + c S S
+        X = torch.addmm(X, S, X, beta=3.4445)  # a X + S X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices W (rows, columns); lr and weight_decay as AdamW's.
+
+        M <- 0.95 M + 0.05 dW                           M = 0 at the start
+        U  = orthogonalize(0.95 M + 0.05 dW)            Nesterov's: as if one step further
+        W <- W - lr (weight_decay W + 0.2 sqrt(max(rows, columns)) U)
+
+    The factor gives U the root mean square of AdamW's steps, about 0.2. Sources: Jordan et al.
+    (2024); for the factor Liu et al. (2025), arXiv 2502.16982. torch.optim.Muon is the same, but
+    in bfloat16, which many CPUs only emulate: there it would take half of English's training."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            for W in group["params"]:
+                if W.grad is None:
+                    continue
+                state = self.state[W]
+                if not state:
+                    state["momentum"] = torch.zeros_like(W)
+                M = state["momentum"].lerp_(W.grad, 0.05)
+                U = orthogonalize(W.grad.lerp(M, 0.95))
+                W.mul_(1 - lr * weight_decay)
+                W.add_(U, alpha=-lr * 0.2 * math.sqrt(max(W.shape)))
+
+
 def configure_optimizers(model, run):
     """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
     AdamW's, matrices and embeddings decay, biases and norms do not."""
@@ -462,7 +507,7 @@ def configure_optimizers(model, run):
     if not by_muon:
         return [adamw]
     rates = dict(lr=run.muon_rate, weight_decay=run.muon_decay)
-    return [adamw, torch.optim.Muon(by_muon, **rates, adjust_lr_fn="match_rms_adamw")]
+    return [adamw, Muon(by_muon, **rates)]
 
 
 def train(model, optimizers, next_batch, run, report_progress, after_step=lambda done: None):

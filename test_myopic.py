@@ -300,6 +300,32 @@ def test_muon_takes_the_matrices_that_a_run_names_and_adamw_the_rest():
         assert [len(group["params"]) for group in groups] == [6 - n, 10, n]  # 6: 4, 2 embeddings
 
 
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_is_torchs_as_far_as_bfloat16_lets_it(shape):
+    torch.manual_seed(0)
+    start, idle = torch.randn(shape), torch.nn.Parameter(torch.ones(shape))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    how = dict(lr=0.1, weight_decay=0.5)
+    muons = [mg.Muon([ours, idle], **how)]
+    muons.append(torch.optim.Muon([theirs], **how, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        grad, before = torch.randn(shape), ours.detach().clone()
+        for p, muon in zip((ours, theirs), muons):
+            p.grad = grad.clone()
+            muon.step()
+        # decay first, then a step of the rate; its singular values, but for the factor, are near 1
+        step = (0.95 * before - ours) / (0.1 * 0.2 * math.sqrt(max(shape)))
+        values = torch.linalg.svdvals(step)
+        assert values.min() > 0.6 and values.max() < 1.25
+        assert_agree(dict(p=ours - start), dict(p=theirs - start), 0.02)
+    assert torch.equal(idle, torch.ones(shape))  # it has no gradient
+    # singular values alone change: X and its factor U V^T share their vectors
+    X = torch.randn(shape).double()
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    inner = U.T @ mg.orthogonalize(X) @ Vh.T
+    assert (inner - inner.diagonal().diag()).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_is_the_clipped_gradient_times_the_rate_in_the_dtype(monkeypatch, dtype):
     run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, grad_clip=0.1, dtype=dtype)
