@@ -28,18 +28,19 @@ import ast
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
-import secrets
 import signal
 import sys
-import threading
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from multiprocessing import connection
+from operator import attrgetter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -51,7 +52,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch.utils import benchmark
 from tqdm import tqdm
 
 # ------------------------ arms and configuration
@@ -69,6 +69,9 @@ ARMS = {
     "local_myopic": dict(horizon=0, cut="hidden", past="frozen"),
     "bigram": dict(horizon=0, cut="hidden", past="zero"),
 }
+HORIZONS = [1, 2, 4, 9, 10, 16]
+for h in HORIZONS:
+    ARMS[f"horizon_{h}"] = dict(horizon=h, cut="hidden", past="own")
 
 
 @dataclass
@@ -236,21 +239,17 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     return MyopicAttention.apply(x, w_qkv, b_qkv, n_head, horizon, cut)
 
 
-def two_stream_attention(x, past_x, w, b, n_head):
+def two_stream_attention(q, k, v, k_past, v_past):
     """Attention to oneself as usual, and to a past that another stream of states has made.
 
     A = softmax_causal(s (q k_past^T, with its diagonal replaced by q.k))
     Y = A v_past + diag(A) (v - v_past)
-    x (B, T, C); past_x (B, T, C), or None for a past of zeros -> (B, T, C). With past_x =
-    x.detach() this is the textbook way to the myopic gradient: the same, at a higher price."""
-    q, k, v = heads(x, w, b, n_head)  # (B, nh, T, hs)
-    k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
-    if past_x is not None:
-        _, k_past, v_past = heads(past_x, w, b, n_head)
+    All (B, nh, T, hs). With k_past and v_past made of detached states, by the same weights, this
+    is the textbook way to the myopic gradient (cut "hidden"): the same, at a higher price."""
     S = (q @ k_past.mT).diagonal_scatter((q * k).sum(-1), 0, -2, -1)  # (B, nh, T, T)
     A = mask_future(S / math.sqrt(q.size(-1))).softmax(-1)  # (B, nh, T, T)
     A_own = A.diagonal(0, -2, -1)[..., None]  # (B, nh, T, 1)
-    return merge_heads(A @ v_past + A_own * (v - v_past))
+    return A @ v_past + A_own * (v - v_past)
 
 
 # ------------------------ the model
@@ -268,9 +267,12 @@ class CausalSelfAttention(nn.Module):
         if arm.past == "own":  # vanilla, too, goes through the backward pass by hand
             y = myopic_attention(x, w, b, self.n_head, arm.horizon, arm.cut)  # (B, T, C)
         else:
-            has_past = arm.past == "zero" or past_x is not None
-            require(has_past, "past is 'frozen': that takes a LocalMyopicGPT")
-            y = two_stream_attention(x, past_x, w, b, self.n_head)  # (B, T, C)
+            q, k, v = heads(x, w, b, self.n_head)  # (B, nh, T, hs)
+            k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
+            if arm.past == "frozen":
+                require(past_x is not None, "past is 'frozen': that takes a LocalMyopicGPT")
+                _, k_past, v_past = heads(past_x, w, b, self.n_head)
+            y = merge_heads(two_stream_attention(q, k, v, k_past, v_past))  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -385,10 +387,16 @@ def require(condition, message):
         raise UsageError(message)
 
 
+def digest_of(*files):
+    """8 hex digits of the SHA-256 of source files."""
+    sources = b"".join(Path(name).read_bytes() for name in files)
+    return hashlib.sha256(sources).hexdigest()[:8]
+
+
 def check_attention(n_embd, n_head, horizon, cut):
     divides = n_head >= 1 and n_embd % n_head == 0
     require(divides, f"n_embd is {n_embd} and n_head {n_head}: n_head must divide n_embd")
-    is_horizon = horizon is None or (isinstance(horizon, int) and horizon >= 0)
+    is_horizon = horizon is None or (type(horizon) is int and horizon >= 0)
     require(is_horizon, f"horizon is {horizon}: make it None or a whole number from 0 on")
     require(cut in ("hidden", "kv"), f"cut is {cut!r}: choose 'hidden' or 'kv'")
 
@@ -408,8 +416,8 @@ def python_english():
     return "\n\n".join(dict.fromkeys(paragraphs))  # each once: none is trained on and held out
 
 
-def load_text(files, block_size):
-    """-> bytes to train on, bytes held out (the last tenth)."""
+def load_text(files):
+    """-> bytes to train on, bytes held out (the last tenth). Raises UsageError for a bad file."""
     texts = []
     for name in files:
         try:
@@ -419,10 +427,15 @@ def load_text(files, block_size):
     text = "\n\n".join(texts) if files else python_english()
     split = len(text) * 9 // 10  # or between the next paragraphs, if some end soon
     split = max(split, text.find("\n\n", split, split + len(text) // 100))
-    parts = text[:split].encode(), text[split:].encode()
-    n = min(map(len, parts))
-    require(block_size < n, f"block_size is {block_size}: the held-out text has {n} bytes")
-    return parts
+    return text[:split].encode(), text[split:].encode()
+
+
+def windows_of(text, run, device):
+    """Bytes -> each of their windows: (n, T + 1)."""
+    n, T = len(text), run.block_size
+    require(n > T, f"block_size is {T}: a part of the text has {n} bytes; make it less")
+    tokens = torch.tensor(np.frombuffer(text, dtype=np.uint8), device=device)
+    return tokens.unfold(0, T + 1, 1)
 
 
 @torch.no_grad()
@@ -437,6 +450,72 @@ def token_losses(model, windows, count):
         state = model.hidden_states(part[:, :-1])[-1]  # (B, T, C)
         losses.append(model.position_losses(state, part[:, 1:]))
     return torch.cat(losses).cpu(), chosen[:, 1:].cpu()
+
+
+# ------------------------ a run: every setting that a number depends on
+def setting(default, help, least=0, most=1e30, choices=None):
+    """A field of a Run that is also a flag."""
+    about = dict(help=help, least=least, most=most, choices=choices)
+    return field(default=default, metadata=about)
+
+
+@dataclass
+class Run:
+    """Its fields are settings. A finished run has the numbers of its record as attributes, too.
+
+    Raises UsageError for a value that a field cannot have."""
+
+    arm: str = setting("vanilla", ", ".join(ARMS), choices=ARMS)
+    seed: int = setting(0, "of start and batches", most=2**32 - 1)
+    block_size: int = setting(64, "positions per sequence, T", least=1)
+    n_layer: int = setting(3, "blocks", least=1)
+    n_head: int = setting(3, "heads; 0: one for each 16 channels", least=1)
+    n_embd: int = setting(96, "channels, C", least=1)
+    dropout: float = setting(0.0, "while training", most=0.99)
+    batch_size: int = setting(16, "sequences per step", least=1)
+    max_iters: int = setting(700, "steps", least=1)
+    learning_rate: float = setting(8e-3, "AdamW's peak")
+    beta1: float = setting(0.9, "AdamW's", most=0.9999)
+    beta2: float = setting(0.95, "AdamW's", most=0.9999)
+    weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
+    muon: str = setting("all", "which of the blocks' matrices", choices=["all", "attn", "none"])
+    muon_rate: float = setting(8e-3, "Muon's peak")
+    muon_decay: float = setting(0.1, "Muon's weight decay")
+    warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
+    decay_from: float = setting(0.5, "share of the steps after which they fall", most=1)
+    grad_clip: float = setting(1.0, "largest norm of a gradient")
+
+    def __post_init__(self):
+        if self.n_head == 0:
+            self.n_head = max(1, self.n_embd // 16)
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata
+            if f.type is not str:
+                kind = "a whole number" if f.type is int else "a number"
+                fits = (
+                    isinstance(value, (int, f.type)) and limits["least"] <= value <= limits["most"]
+                )
+                wanted = f"give {kind} from {limits['least']} to {limits['most']:.10g}"
+                require(fits, f"{f.name} is {value}: {wanted}")
+                setattr(self, f.name, f.type(value))  # equal runs have one name: 1 is 1.0
+            elif limits:
+                choices = ", ".join(limits["choices"])
+                require(value in limits["choices"], f"{f.name} is {value}: choose from {choices}")
+        self.config(1)  # refuses a bad shape
+
+    def config(self, vocab_size):
+        shape = self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd
+        return GPTConfig(*shape, dropout=self.dropout, **ARMS[self.arm])
+
+    @property
+    def size(self):
+        return f"{self.n_layer}x{self.n_embd}"
+
+    def name(self):
+        """Of its files. A digest of what differs from the defaults: a new field changes no name."""
+        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k)}
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.kind}-{self.arm}-seed{self.seed}-{digest}"
 
 
 # ------------------------ training
@@ -488,46 +567,41 @@ class Muon(torch.optim.Optimizer):
 def configure_optimizers(model, run):
     """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
     AdamW's, matrices and embeddings decay, biases and norms do not."""
+    of_muon = {"all": ".h.", "attn": ".attn.", "none": "no name"}[run.muon]
     by_muon, decaying, others = [], [], []
     for name, p in model.named_parameters():
-        is_muons = {"all": ".h." in name, "attn": ".attn." in name, "none": False}
-        if not p.requires_grad:  # a teacher's
-            continue
         if p.dim() < 2:
             others.append(p)
-        elif is_muons[run.muon]:
+        elif of_muon in name:
             by_muon.append(p)
         else:
             decaying.append(p)
-    groups = [
-        dict(params=decaying, weight_decay=run.weight_decay),
-        dict(params=others, weight_decay=0.0),
-    ]
-    adamw = torch.optim.AdamW(groups, run.learning_rate, (run.beta1, run.beta2), fused=True)
+    groups = [dict(params=decaying), dict(params=others, weight_decay=0)]
+    rates = dict(lr=run.learning_rate, weight_decay=run.weight_decay)
+    adamw = torch.optim.AdamW(groups, **rates, betas=(run.beta1, run.beta2), fused=True)
     if not by_muon:
         return [adamw]
     rates = dict(lr=run.muon_rate, weight_decay=run.muon_decay)
     return [adamw, Muon(by_muon, **rates)]
 
 
-def train(model, optimizers, next_batch, run, report_progress, after_step=lambda done: None):
+def train(model, run, next_batch, after_step, report_progress):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
-    report_progress(steps since the last report, text) is called every ten steps, after_step(steps
-    done) after each. Raises UsageError if the loss is not finite."""
-    device = next(model.parameters()).device.type
+    after_step(steps done) is called after each, report_progress(steps since the last report, text)
+    every ten. Raises UsageError if the loss is not finite."""
     rise = run.warmup * run.max_iters
     fall = (1 - run.decay_from) * run.max_iters
 
     def scale(step):  # the rates rise, stay, and fall in a straight line
         return min(1, (step + 1) / max(1, rise), (run.max_iters - step) / max(1, fall))
 
+    optimizers = configure_optimizers(model, run)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
     for done in range(1, run.max_iters + 1):
         x, y = next_batch(done - 1)
         model.train()  # after_step may have left it evaluating
-        with torch.autocast(device, torch.bfloat16, enabled=run.dtype == "bfloat16"):
-            _, loss = model(x, y)
+        _, loss = model(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
         for optimizer, schedule in zip(optimizers, schedules):
@@ -542,94 +616,25 @@ def train(model, optimizers, next_batch, run, report_progress, after_step=lambda
         after_step(done)
 
 
-# ------------------------ a run: every setting that a number depends on
-def arm_fields(name):
-    """The three fields of an arm of ARMS, or of horizon_<h>."""
-    if name.startswith("horizon_") and name[8:].isdecimal():
-        return dict(horizon=int(name[8:]), cut="hidden", past="own")
-    require(name in ARMS, f"arm {name} is unknown: choose from {', '.join(ARMS)}, horizon_<h>")
-    return ARMS[name]
-
-
-def setting(default, help, most=math.inf, choices=None):
-    """A field of a Run that is also a flag: argparse takes type, help and choices from it."""
-    return field(default=default, metadata=dict(help=help, most=most, choices=choices))
-
-
-@dataclass(frozen=True)
-class Run:
-    """Settings in, one record out. Raises UsageError for a value that it cannot have."""
-
-    arm: str = "vanilla"
-    recipe: int = 1  # raise it when a change that no other field shows makes old records differ
-    seed: int = setting(0, "the first seed", most=sys.maxsize)
-    block_size: int = setting(64, "positions per sequence, T")
-    n_layer: int = setting(3, "blocks")
-    n_head: int = setting(3, "heads")
-    n_embd: int = setting(96, "channels, C")
-    batch_size: int = setting(16, "sequences per step")
-    max_iters: int = setting(700, "steps")
-    learning_rate: float = setting(8e-3, "AdamW's peak")
-    beta1: float = setting(0.9, "AdamW's", most=0.9999)
-    beta2: float = setting(0.95, "AdamW's", most=0.9999)
-    weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
-    muon: str = setting("all", "which of the blocks' matrices", choices=["all", "attn", "none"])
-    muon_rate: float = setting(8e-3, "Muon's peak")
-    muon_decay: float = setting(0.1, "Muon's weight decay")
-    warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
-    decay_from: float = setting(0.5, "share of the steps after which they fall", most=1)
-    grad_clip: float = setting(1.0, "largest norm of a gradient")
-    dtype: str = setting("float32", "of matrix products", choices=["float32", "bfloat16"])
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is str:
-                choices = f.metadata.get("choices")
-                is_choice = choices is None or value in choices
-                require(is_choice, f"{f.name} is {value!r}: choose from {choices}")
-                continue
-            kind = "a whole number" if f.type is int else "a number"
-            least = 1 if f.type is int and f.name != "seed" else 0
-            most = f.metadata.get("most", math.inf)
-            fits = isinstance(value, (int, f.type)) and least <= value <= most and value < math.inf
-            require(fits, f"{f.name} is {value}: give {kind} from {least} to {most}")
-        self.config(1)  # refuses an unknown arm and a bad shape
-
-    def config(self, vocab_size, dropout=0.0):
-        shape = self.block_size, vocab_size, self.n_layer, self.n_head, self.n_embd
-        return GPTConfig(*shape, dropout=dropout, **arm_fields(self.arm))
-
-    def name(self):
-        """Of its files. A digest of what differs from the defaults: a new field changes no name."""
-        changed = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                changed[f.name] = f.type(value)  # equal runs have one name: 1 is 1.0
-        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.kind}-{self.arm}-seed{self.seed}-{digest}"
-
-
 # ------------------------ the experiment: one model of English
-@dataclass(frozen=True)
+@dataclass
 class TextRun(Run):
-    """A run on text, byte by byte; the digest says what the text was, and where it was split."""
+    """A run on text, byte by byte; data_sha256 says what the text was, and where it was split."""
 
     kind = "text"  # how its files' names begin
-    dropout: float = setting(0.0, "while training", most=0.99)
-    eval_windows: int = setting(256, "windows of held-out text that are evaluated")
+    headline = "val_loss"  # the number to print when it ends
+    code = digest_of(__file__)
+    eval_windows: int = setting(256, "windows of held-out text that are evaluated", least=1)
     data_sha256: str = ""
 
 
 FOUR_ARMS = ["vanilla", "myopic", "myopic_kv", "bigram"]
-SHAPE = dict(block_size=32, n_layer=2, n_head=2, n_embd=32)
-DEMO = TextRun(**SHAPE, max_iters=400, learning_rate=1.5e-2, muon_rate=1.5e-2)
-SIZES = ["3x16", "3x32", "3x64", "3x128", "1x64", "2x64", "6x64"]
-PRESETS = {  # seconds: of a run, about, on one core
-    "demo": dict(run=DEMO, arms=FOUR_ARMS, seeds=1, seconds=6),
-    "quick": dict(run=TextRun(), arms=FOUR_ARMS, seeds=3, seconds=45),
-    "full": dict(run=TextRun(max_iters=3000), arms=FOUR_ARMS, seeds=3, sizes=SIZES, seconds=110),
+SMALL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32)
+WIDTHS = dict(n_embd=[16, 32, 64, 128], n_head=0)
+PRESETS = {
+    "demo": dict(arm=FOUR_ARMS, max_iters=400, learning_rate=1.5e-2, muon_rate=1.5e-2) | SMALL,
+    "quick": dict(arm=FOUR_ARMS, seed=[0, 1, 2]),
+    "full": dict(arm=FOUR_ARMS, seed=[0, 1, 2], max_iters=3000) | WIDTHS,
 }
 
 
@@ -653,20 +658,19 @@ class LocalMyopicGPT(GPT):
 
 def train_text(text, run, device, report_progress):
     """Train one model of load_text's bytes -> the model, the numbers of its record, arrays."""
-    config = run.config(vocab_size=256, dropout=run.dropout)
+    windows, held_out = [windows_of(part, run, device) for part in text]  # (n, T + 1), (m, T + 1)
+    few = held_out[:: 1 + len(held_out) // 32].long()  # (32 or less, T + 1)
 
-    def windows_of(part):
-        tokens = torch.tensor(np.frombuffer(part, dtype=np.uint8), device=device)
-        return tokens.unfold(0, run.block_size + 1, 1)
-
-    windows, held_out = windows_of(text[0]), windows_of(text[1])  # (n, T + 1), (m, T + 1)
+    # every arm has the same weights at the start, and the same batches
+    config = run.config(vocab_size=256)
     if config.past == "frozen":  # the teacher: a vanilla model of the same seed and settings
-        teacher, _, _ = train_text(text, replace(run, arm="vanilla"), device, report_progress)
-    torch.manual_seed(run.seed)  # the same weights in every arm
+        vanilla = replace(run, arm="vanilla")
+        teacher, _, _ = train_text(text, vanilla, device, lambda _, now: report_progress(0, now))
+    torch.manual_seed(run.seed)
     model = LocalMyopicGPT(config, teacher) if config.past == "frozen" else GPT(config)
     model.to(device)
-    generator = torch.Generator().manual_seed(run.seed)  # and the same batches
-    curve = []
+    generator = torch.Generator().manual_seed(run.seed)
+    curve, lag_share = [], {}
 
     def next_batch(step):
         starts = torch.randint(len(windows), (run.batch_size,), generator=generator)
@@ -679,11 +683,14 @@ def train_text(text, run, device, report_progress):
             val_losses, _ = token_losses(model, held_out, run.eval_windows)
             curve.append([done, train_losses.mean().item(), val_losses.mean().item()])
 
-    few = held_out[:: 1 + len(held_out) // 32].long()  # (32 or less, T + 1)
     if run.arm == "vanilla":
-        at_start = lag_shares(model, few[:, :-1], few[:, 1:])
-    train(model, configure_optimizers(model, run), next_batch, run, report_progress, after_step)
+        lag_share["start"] = lag_shares(model, few[:, :-1], few[:, 1:])
+    train(model, run, next_batch, after_step, report_progress)
     require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
+    if run.arm == "vanilla":
+        lag_share["end"] = lag_shares(model, few[:, :-1], few[:, 1:])
+
+    # what is kept of it
     losses, y = token_losses(model, held_out, run.eval_windows)  # (N, T) each
     sample = model.generate(held_out[:1, :10].long(), 40, top_k=50)[0].tolist()
     numbers = dict(
@@ -691,11 +698,9 @@ def train_text(text, run, device, report_progress):
         train_loss=curve[-1][1],
         curve=curve,
         loss_by_position=losses.mean(0).tolist(),
+        lag_share=lag_share,
         sample=bytes(sample).decode("latin-1"),
     )
-    if run.arm == "vanilla":
-        at_end = lag_shares(model, few[:, :-1], few[:, 1:])
-        numbers["lag_share"] = dict(start=at_start, end=at_end)
     return model, numbers, dict(losses=losses[:64].numpy(), y=y[:64].numpy().astype(np.uint8))
 
 
@@ -714,11 +719,11 @@ def gradient_tables(model, x, y):
     return torch.stack(rows, dim=1).cpu().numpy()
 
 
-def gradients_by_lag(model, x, y):
-    """The gradient of every block's W_K and W_V in a vanilla model, split by lag: reader - writer.
+def lag_shares(model, x, y):
+    """How much of the gradient of a vanilla model's W_K and W_V comes from readers `lag` later.
 
-    -> (L, T, 2C, C): part [l, lag] is what the readers `lag` later want of them; the parts of all
-    lags add up to the gradient of the mean loss."""
+    -> [layer][0: W_K, 1: W_V][lag]: <g_lag, g> / |g|^2. The g_lag add up to g, the gradient of the
+    mean loss; so the shares of all lags add up to 1."""
     is_vanilla = model.config.horizon is None and model.config.past == "own"
     require(is_vanilla, "the split by lag is of all readers: give it a vanilla model")
     states = model.eval().hidden_states(x)
@@ -735,25 +740,16 @@ def gradients_by_lag(model, x, y):
         state = state + block.mlp(block.ln_2(state))
         (G,) = torch.autograd.grad(state, out, d_next, retain_graph=True)
 
+        # what the readers `lag` later want of W_K and W_V
         lse = log_sum_exp(q, k, out)
         tensors = [t.detach() for t in (G, q, k, v, out)]
         parts = []
         for lag in range(x.size(1)):
             dk, dv = lag_gradients(lag, *tensors, lse)
-            d_kv = torch.cat([merge_heads(dk), merge_heads(dv)], dim=-1)  # (B, T - lag, 2C)
-            writers = x_l[:, : d_kv.size(1)].flatten(0, 1)  # (B (T - lag), C)
-            parts.append(d_kv.flatten(0, 1).T @ writers)  # (2C, C)
-        layers.append(torch.stack(parts))
-    return torch.stack(layers)
-
-
-def lag_shares(model, x, y):
-    """How much of this batch's gradient comes from readers, in that layer, `lag` later.
-
-    -> [layer][0: W_K, 1: W_V][lag]: <g_lag, g> / |g|^2. The shares of all lags add up to 1."""
-    layers = []
-    for parts in gradients_by_lag(model, x, y):  # (T, 2C, C)
-        parts = parts.unflatten(1, (2, -1))  # (T, 2, C, C)
+            writers = x_l[:, : dk.size(2)].flatten(0, 1)  # (B (T - lag), C)
+            of_lag = [merge_heads(d).flatten(0, 1).T @ writers for d in (dk, dv)]
+            parts.append(torch.stack(of_lag))  # (2, C, C)
+        parts = torch.stack(parts)  # (T, 2, C, C)
         whole = parts.sum(0)  # (2, C, C)
         shares = (parts * whole).sum((2, 3)) / (whole.square().sum((1, 2)) + 1e-30)  # (T, 2)
         layers.append(np.round(shares.T.tolist(), 4).tolist())
@@ -770,15 +766,37 @@ LOOKS = {  # colour, line and marker of an arm
     "untrained": ("#999999", ":", "x"),
 }
 GLOSS = {"vanilla": "vanilla: all losses", "myopic": "myopic: own loss only"}
+for n, h in enumerate(HORIZONS):  # from light to dark
+    LOOKS[f"horizon_{h}"] = (matplotlib.colormaps["viridis"](0.9 - 0.15 * n), "-", "PXdp*h"[n])
 
 
-def look(arm):
-    """(colour, line, marker) of an arm; horizons go from light to dark as they grow."""
-    if arm in LOOKS:
-        return LOOKS[arm]
-    horizon = arm_fields(arm)["horizon"]
-    shade = 0.85 - 0.8 * min(1, math.log2(1 + horizon) / 6)
-    return matplotlib.colormaps["viridis"](shade), "-", "PXdp*h<>"[horizon % 8]
+def group_by(runs, *names):
+    """{values of these attributes: the runs that share them}, in the order of the runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(attrgetter(*names)(run), []).append(run)
+    return groups
+
+
+def comparisons(runs):
+    """Lists of runs that differ in arm and seed alone."""
+    names = [f.name for f in fields(runs[0]) if f.name not in ("arm", "seed")]
+    return list(group_by(runs, *names).values())
+
+
+def extra_settings(runs, *columns):
+    """Names of settings that vary where the columns of a table do not: each gets a column, too."""
+    names = []
+    for group in group_by(runs, *columns, "arm", "seed").values():
+        for f in fields(group[0]):
+            if len(group_by(group, f.name)) > 1:
+                names.append(f.name)
+    return list(dict.fromkeys(names))
+
+
+def alike(runs, run, names):
+    """The runs that have these settings of `run`."""
+    return [other for other in runs if all(getattr(other, n) == getattr(run, n) for n in names)]
 
 
 def mean_sd(values, digits=3):
@@ -799,550 +817,444 @@ def print_table(title, header, rows, caption):
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
-def new_figure(columns=1, rows=1, width=5, height=3.2, **shared):
-    """A figure and its (rows, columns) array of axes; sizes in inches per panel."""
-    fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
-    return fig, fig.subplots(rows, columns, squeeze=False, **shared)
-
-
-def draw_arms(ax, x, lines):
-    """{arm: [y of each seed]} -> their mean as a line, their standard deviation as a band."""
-    for arm, runs in lines.items():
-        colour, line, marker = look(arm)
-        y = np.array(runs, dtype=float)  # (seeds, len(x))
-        mean = y.mean(0)
-        style = dict(linestyle=line, marker=marker, markersize=3.5)
-        ax.plot(x, mean, color=colour, label=GLOSS.get(arm, arm), **style)
-        if len(y) > 1:
-            sd = y.std(0, ddof=1)
-            ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+def draw_arm(ax, arm, x, of_seeds):
+    """of_seeds: the y of each seed. Their mean is a line, from the least to the most a band."""
+    colour, line, marker = LOOKS[arm]
+    y = np.array(of_seeds)  # (seeds, len(x))
+    style = dict(linestyle=line, marker=marker, markersize=3.5, color=colour)
+    ax.plot(x, y.mean(0), label=GLOSS.get(arm, arm), **style)
+    ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0)
     ax.legend(frameon=False, labelcolor="linecolor", fontsize=8)
 
 
-def finish(fig, caption):
-    """-> what writes the figure to a path."""
+def seeds_of(runs):
+    n = len({run.seed for run in runs})
+    return "one seed" if n == 1 else f"mean and range of {n} seeds"
+
+
+def save_figure(path, fig, caption):
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
     fig.supxlabel(caption, fontsize=8, color="#444444")
-    return fig.savefig
+    write_whole(path, lambda part: fig.savefig(part, dpi=120))
 
 
-def draw(path, plot, *data):
-    """Write what plot(*data) has drawn, or say why it cannot be: an old figure does not stay as if
-    it were new."""
+def draw(plot, path, *data):
+    """plot(path, *data), or say why not: an old figure does not stay as if it were new."""
+    path.unlink(missing_ok=True)
     try:
-        write = plot(*data)
+        plot(path, *data)
+        print(f"figure {path}")
     except UsageError as error:
-        path.unlink(missing_ok=True)
         print(f"no {path.name}: {error}")
-        return
-    write_whole(path, write)
-    print(f"figure {path}")
 
 
-def per_seed(found, arm, key):
-    """[record[key] of every seed] of one arm."""
-    return [record[key] for run, record in found.items() if run.arm == arm]
-
-
-def arms_of(found):
-    return list(dict.fromkeys(run.arm for run in found))
-
-
-def seeds_of(found):
-    n = len({run.seed for run in found})
-    return "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
-
-
-def plot_lags(found, last, caption):
-    """Whom W_V serves, by lag; in words: all later readers, and the next `last`."""
-    records = per_seed(found, "vanilla", "lag_share")
-    require(records, "it takes vanilla")
-    untrained = np.array([record["start"] for record in records])[:, :, 1]  # W_V's: (seeds, L, T)
-    trained = np.array([record["end"] for record in records])[:, :, 1]
+def plot_lags(path, runs, last):
+    """Whom vanilla's W_V serves, by lag; in words: all later readers, and the next `last`."""
+    shares = [run.lag_share for run in runs if run.arm == "vanilla"]
+    require(shares, "it takes vanilla")
+    untrained = np.array([share["start"] for share in shares])[:, :, 1]  # W_V's: (seeds, L, T)
+    trained = np.array([share["end"] for share in shares])[:, :, 1]
     _, layers, T = trained.shape
     by_count = (T - np.arange(T)) / (T * (T + 1) / 2)  # (T,) T - lag pairs are `lag` apart
-    fig, (axes,) = new_figure(layers, width=3.6, height=3, sharey=True)
+
+    # a panel for each layer
+    fig = Figure(figsize=(3.6 * layers, 3), layout="constrained")
+    (axes,) = fig.subplots(1, layers, sharey=True, squeeze=False)
     for layer, ax in enumerate(axes):
         ax.plot(by_count, "k--", linewidth=1, label="by counting terms")
-        draw_arms(ax, range(T), dict(untrained=untrained[:, layer], vanilla=trained[:, layer]))
+        draw_arm(ax, "untrained", range(T), untrained[:, layer])
+        draw_arm(ax, "vanilla", range(T), trained[:, layer])
         ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer", xlim=(-0.5, T / 2))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("share of W_V's gradient")
-    shares = []
-    for stop in (T, last + 1):
+
+    # the finding, in numbers
+    finding = []
+    for name, stop in (("later positions", T), (f"the next {last}", last + 1)):
         share = mean_sd(100 * trained[:, -1, 1:stop].sum(1), 0)
-        shares.append(f"{share} % (by counting {100 * by_count[1:stop].sum():.0f} %)")
-    finding = f"Of the last layer's W_V gradient, later positions give {shares[0]},\n"
-    finding += f"the next {last} positions {shares[1]}"
-    fig.suptitle(finding, fontsize=11)
-    return finish(fig, f"vanilla; shares add up to 1, and may be negative\n{caption}")
+        counted = 100 * by_count[1:stop].sum()
+        finding.append(f"{name} give {share} % (by counting {counted:.0f} %)")
+    fig.suptitle(f"Of the last layer's W_V gradient\n{', '.join(finding)}", fontsize=11)
+    save_figure(path, fig, f"shares add up to 1, and may be negative; {seeds_of(runs)}")
 
 
-def plot_sizes(panels, finding, caption):
-    """panels: {ylabel: {(layers, channels, parameters): [value of each seed]}}, the smallest first.
+def plot_sizes(path, runs, finding, panels):
+    """panels: {ylabel: f(runs of one size) -> value of each seed}. A line joins a depth's sizes,
+    the smallest first.
 
-    A line joins the models of one depth, or of one width. The title is the finding, in numbers of
-    the first panel's ends."""
-    fig, (axes,) = new_figure(len(panels), width=7 if len(panels) == 1 else 5)
-    for ax, (ylabel, values) in zip(axes, panels.items()):
-        for size, of_seeds in values.items():
-            require(of_seeds, f"{size[0]}x{size[1]} has nothing to show; see the table")
-        for place, name, style in ((0, "layers", "C0-"), (1, "channels", "C1--")):
-            for shared in {size[place] for size in values}:
-                sizes = [size for size in values if size[place] == shared]
-                means = [np.mean(values[size]) for size in sizes]
-                if len(sizes) > 1:
-                    ax.plot([size[2] for size in sizes], means, style, label=f"{shared} {name}")
-        ax.plot([], "k.", label="seeds")
-        ax.legend(frameon=False, fontsize=8)
-        names = []
-        for (layers, channels, n_params), of_seeds in values.items():
-            ax.plot([n_params] * len(of_seeds), of_seeds, "k.", markersize=4)
-            names.append(f"{layers}x{channels}\n{n_params / 1000:.0f}k")
+    The title is the finding, in numbers of the first panel's ends."""
+    fig = Figure(figsize=(7 if len(panels) == 1 else 10, 3.4), layout="constrained")
+    (axes,) = fig.subplots(1, len(panels), squeeze=False)
+    ends = []
+    for ax, (ylabel, of_size) in zip(axes, panels.items()):
+        lines, ticks = {}, {}
+        for group in comparisons(runs):
+            size, n_params, values = group[0].size, group[0].n_params, of_size(group)
+            require(values, f"{size} has nothing to show; see the table")
+            ax.plot([n_params] * len(values), values, "k.", markersize=4)  # the seeds
+            lines.setdefault(group[0].n_layer, []).append((n_params, np.mean(values)))
+            ticks[n_params] = f"{size}\n{n_params / 1000:.0f}k"
+            if ax is axes[0]:
+                ends.append(f"{mean_sd(values, 1)} % at {size}")
+        for (depth, points), line in zip(lines.items(), ("-", "--", ":", "-.") * len(lines)):
+            ax.plot(*zip(*points), line, color="#0072B2", marker="o", label=f"{depth} layers")
         ax.axhline(0, color="#999999", linewidth=0.8)
         ax.set(xscale="log", xlabel="layers x channels, parameters", ylabel=ylabel)
-        ax.set_xticks([size[2] for size in values], names)
+        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
         ax.minorticks_off()
-        ax.margins(y=0.15)
-        ax.tick_params(axis="x", labelsize=7)
-    first, *_ = panels.values()
-    first = list(first.items())
-    ends = []
-    for (layers, channels, _), of_seeds in (first[0], first[-1]):
-        ends.append(f"{mean_sd(of_seeds, 1)} % at {layers}x{channels}")
-    fig.suptitle(f"{finding} {', '.join(ends)}", fontsize=11)
-    return finish(fig, caption)
-
-
-def by_size(found):
-    """{(layers, channels, parameters): {run: record}}, the smallest first."""
-    groups = {}
-    for run, record in found.items():
-        size = run.n_layer, run.n_embd, record["n_params"]
-        groups.setdefault(size, {})[run] = record
-    return dict(sorted(groups.items(), key=lambda item: item[0][2]))
+        ax.legend(frameon=False, fontsize=8)
+    fig.suptitle(f"{finding} {ends[0]}, {ends[-1]}", fontsize=11)
+    run = runs[0]
+    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size}"
+    save_figure(path, fig, f"{steps}; dots: seeds, lines: their means")
 
 
 # ------------------------ figures and table of English
-def gaps(found, arm, key="val_loss"):
-    """{seed: record[key] of the arm - that of vanilla of the same seed}, where both are."""
-    gap = {}
-    for run, record in found.items():
-        vanilla = found.get(replace(run, arm="vanilla"))
-        if run.arm == arm and vanilla is not None:
-            gap[run.seed] = np.subtract(record[key], vanilla[key])
-    return gap
+def gaps(runs, arm, key="val_loss"):
+    """{seed: the arm's number - vanilla's}, of runs of one size, where there are both."""
+    own = {run.seed: getattr(run, key) for run in runs if run.arm == arm}
+    vanilla = {run.seed: getattr(run, key) for run in runs if run.arm == "vanilla"}
+    return {seed: np.subtract(own[seed], vanilla[seed]) for seed in own if seed in vanilla}
 
 
-def shares_of_bigram(found, arm):
+def shares_of_bigram(runs, arm):
     """The arm's gap in % of the bigram's of the same seed, unless that is below 0.1 nats: noise."""
-    own, bigram = gaps(found, arm), gaps(found, "bigram")
+    own, bigram = gaps(runs, arm), gaps(runs, "bigram")
     return [100 * own[seed] / bigram[seed] for seed in own if bigram.get(seed, 0) > 0.1]
 
 
-def plot_gaps(found, caption):
-    """The arms' gaps while training and by position."""
-    run, record = next(iter(found.items()))
-    steps = np.array(record["curve"])[:, 0]
-    # positions in bins that double: 0, 1, 2-3, 4-7, ...
-    powers = 2 ** np.arange((run.block_size - 1).bit_length())
-    starts = [0, *powers]
-    widths = np.diff([*starts, run.block_size])
+def about(runs):
+    """What the runs have in common, for captions."""
+    run = runs[0]
+    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes"
+    return f"{steps}; {seeds_of(runs)}"
 
-    training, position, ends = {}, {}, []
-    for arm in arms_of(found):
-        end = list(gaps(found, arm).values())
-        if arm == "vanilla" or not end:
-            continue
-        ends.append(f"{arm} {mean_sd(end, 2)}")
-        curves = np.array(list(gaps(found, arm, "curve").values()))  # (seeds, points, 3)
-        training[arm] = curves[:, :, 2]  # validation loss
-        by_position = np.array(list(gaps(found, arm, "loss_by_position").values()))
-        position[arm] = np.add.reduceat(by_position, starts, axis=1) / widths  # (seeds, bins)
-    require(training, "it takes vanilla and another arm of the same seed")
-    if "bigram" in position:  # where context is worth nothing, a gap says nothing
-        worth = position["bigram"].mean(0) > 0.1
-        for arm in position:
-            position[arm] = np.where(worth, position[arm], np.nan)
-        caption += "; by position: where the bigram's gap is above 0.1 nats"
 
-    fig, ((left, right),) = new_figure(2)
-    draw_arms(left, steps, training)
-    draw_arms(right, range(len(starts)), position)
+def plot_gaps(path, runs):
+    """The arms' gaps while training, and by position in bins that double: 0, 1, 2-3, 4-7, ..."""
+    # the bins, and when the curves were measured
+    T = runs[0].block_size
+    starts = [0, *2 ** np.arange((T - 1).bit_length())]
+    widths = np.diff([*starts, T])
+    steps = [point[0] for point in runs[0].curve]
+
+    # a line for each arm
+    fig = Figure(figsize=(10, 3.2), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    ends = []
+    for arm in group_by(runs, "arm"):
+        at_end = list(gaps(runs, arm).values())
+        if arm != "vanilla" and at_end:
+            curves = gaps(runs, arm, "curve").values()  # each (points, 3)
+            positions = gaps(runs, arm, "loss_by_position").values()  # each (T,)
+            draw_arm(left, arm, steps, [curve[:, 2] for curve in curves])
+            bins = [np.add.reduceat(gap, starts) / widths for gap in positions]
+            draw_arm(right, arm, range(len(starts)), bins)
+            ends.append(f"{arm} {mean_sd(at_end, 2)}")
+    require(ends, "it takes vanilla and another arm of the same seed")
     left.set(title="while training", xlabel="training steps", ylabel="loss − vanilla's (nats)")
     right.set(title="by position, in bins that double", xlabel="position in the window, from")
     right.set_xticks(range(len(starts)), starts)
     fig.suptitle(f"The gap at the end: {', '.join(ends)} nats", fontsize=10)
-    return finish(fig, caption)
+    save_figure(path, fig, about(runs))
 
 
-def table_rows(found):
-    """-> a row for each size and arm; the last cell is what the first seed's model writes."""
+def table_rows(runs, extra=()):
+    """-> a row for each comparison and arm; the last cell is what the first seed's model writes."""
     rows = []
-    for (layers, channels, n_params), group in by_size(found).items():
-        for arm in arms_of(group):
-            row = [f"{layers}x{channels}", f"{n_params:,}", arm]
-            losses = per_seed(group, arm, "val_loss")
-            row += [str(len(losses)), mean_sd(losses)]
-            row.append(mean_sd(per_seed(group, arm, "train_loss")))
-            row.append(mean_sd(list(gaps(group, arm).values())))
-            row.append(mean_sd(shares_of_bigram(group, arm), 1))
-            sample = per_seed(group, arm, "sample")[0]
-            row.append("".join(c if c.isprintable() else " " for c in sample))
+    for of_case in comparisons(runs):
+        for arm, group in group_by(of_case, "arm").items():
+            row = [f"{getattr(group[0], name)}" for name in extra]
+            row += [group[0].size, f"{group[0].n_params:,}", arm, f"{len(group)}"]
+            row.append(mean_sd([run.val_loss for run in group]))
+            row.append(mean_sd([run.train_loss for run in group]))
+            row.append(mean_sd(list(gaps(of_case, arm).values())))
+            row.append(mean_sd(shares_of_bigram(of_case, arm), 1))
+            row.append("".join(c if c.isprintable() else " " for c in group[0].sample))
             rows.append(row)
     return rows
 
 
 @matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
-def report(found, args):
-    """The table, then the figures."""
-    run = next(iter(found))
-    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes; {seeds_of(found)}"
-    header = ["size", "parameters", "arm", "n", "val loss", "train loss", "gap"]
+def report(runs, folder):
+    """The table; then the figures, of the largest model."""
+    runs = sorted(runs, key=attrgetter("n_params"))
+    extra = extra_settings(runs, "size")
+    header = [*extra, "size", "parameters", "arm", "n", "val loss", "train loss", "gap"]
     header += ["% of bigram's gap", "writes"]
     caption = "nats per byte; n seeds; gap: loss − vanilla's of the same seed"
-    print_table(f"English: {steps}", header, table_rows(found), caption)
+    print_table("English", header, table_rows(runs, extra), caption)
 
-    sizes = by_size(found)
-    largest = list(sizes.values())[-1]
-    folder = args.out_dir
-    draw(folder / "text_gaps.png", plot_gaps, largest, steps)
-    draw(folder / "text_lags.png", plot_lags, largest, 4, steps)
-    if len(sizes) > 1:
-        shares = {size: shares_of_bigram(group, "myopic") for size, group in sizes.items()}
-        panels = {"myopia gap (% of bigram's)": shares}
+    *_, largest = comparisons(runs)
+    draw(plot_gaps, folder / "text_gaps.png", largest)
+    draw(plot_lags, folder / "text_lags.png", largest, 4)
+    sizes = alike(runs, largest[0], extra)
+    if len(sizes) > len(largest):
+        panels = {"myopia gap (% of bigram's)": lambda group: shares_of_bigram(group, "myopic")}
         finding = "Of what context is worth, myopia costs"
-        draw(folder / "text_size.png", plot_sizes, panels, finding, steps)
-    if (folder / "text_gaps.png").exists():
-        print(f"open {folder / 'text_gaps.png'} first")
+        draw(plot_sizes, folder / "text_size.png", sizes, finding, panels)
+    print(f"open {folder / 'text_gaps.png'} first")
 
 
 # ------------------------ from here on: running many of them
 def write_whole(path, write):
-    """write(a temporary path), then rename: the file at `path` is whole or not there. Raises
-    UsageError if it cannot be written."""
-    part = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
+    """write(a temporary path), then rename: the file at `path` is whole or not there."""
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         write(part)
         part.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: {error}: make room, or name another folder") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def read_runs(out_dir, run_class):
-    """{run: record} of all the runs of a class, TextRun or SineRun, that a folder holds.
+    """{name: finished run} of all the runs of a class, TextRun or SineRun, that a folder holds.
 
-    A field that a record lacks has its default. A file counts only under its run's name, so that
-    one with other defaults, or with a field that is no more, is none."""
+    A file counts only under its run's name: one with other defaults, or with a setting that is no
+    more, is none. Raises UsageError for a file that is no record."""
     found = {}
     for path in sorted(Path(out_dir, "runs").glob(f"{run_class.kind}-*.json")):
+        run = run_class()
         try:
-            record = json.loads(path.read_text("utf-8"))
-            settings = {f.name: record[f.name] for f in fields(run_class) if f.name in record}
-            run = run_class(**settings)
-        except ValueError as error:
+            vars(run).update(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{path}: {error}; delete it, and the run is repeated") from error
+        run.npz = path.with_suffix(".npz")
         if run.name() == path.stem:
-            found[run] = record
+            found[path.stem] = run
     return found
 
 
-def save_run(out_dir, run, record, arrays):
-    """arrays: a dict, or None. The record's presence means done, so it comes last."""
-    path = Path(out_dir, "runs", f"{run.name()}.npz")
-    path.unlink(missing_ok=True)  # those of an earlier training do not stay beside a new record
-    if arrays is not None:
-        try:
-            write_whole(path, lambda part: np.savez_compressed(part, **arrays))
-        except UsageError as error:
-            print(f"{error}; the record alone is kept, so some figures will be missing")
-    text = json.dumps(record, allow_nan=False)
-    write_whole(path.with_suffix(".json"), lambda part: part.write_text(text, "utf-8"))
+def read_arrays(run):
+    """{name: array} of a finished run, weights included. Raises UsageError if they are not there:
+    those of the first seed of a command are kept, not the others'."""
+    try:
+        return dict(np.load(run.npz))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"it takes what is kept of {run.npz.stem}: {error}") from error
 
 
-def read_arrays(out_dir, run):
-    """{name: array} of a run, weights included, or None: the first seed's alone are kept."""
-    path = Path(out_dir, "runs", f"{run.name()}.npz")
-    return dict(np.load(path)) if path.exists() else None
-
-
-def load_weights(model, arrays):
-    """Put the weights that a run's arrays hold into a model of its shape -> the model."""
+def load_weights(model, run):
+    """Put what is kept of a finished run's weights into a model of its shape -> the model."""
+    arrays = read_arrays(run)
     for name, weight in model.state_dict().items():
         weight.copy_(torch.from_numpy(arrays[f"weights.{name}"]))
     return model.eval()
 
 
-def start_worker(queue):
-    """In a worker: Ctrl-C is the parent's, the worker ends with it, progress goes to its bar."""
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    multiprocessing.current_process().progress = queue
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def train_one_run(train_one, run, device, report_progress):
-    """One run, on one thread, to be the same on any number of cores -> its numbers and arrays."""
+@contextlib.contextmanager
+def one_thread(device):
+    """One thread, for a run to be the same on any number of cores; TF32 on a GPU."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # high: TF32
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def train_run(train_one, args, run, report_progress):
+    """Train one run and write its files -> a line that says how it ended."""
     start = time.time()
-    model, numbers, arrays = train_one(run, device, report_progress)
-    numbers["n_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    numbers["seconds"] = round(time.time() - start, 1)
-    for name, weight in model.state_dict().items():
-        arrays[f"weights.{name}"] = weight.half().cpu().numpy()
-    return numbers, arrays
+    with one_thread(args.device):
+        model, numbers, arrays = train_one(run, args.device, report_progress)
+    ended = f"{run.arm:>12}, seed {run.seed}: {run.headline} {numbers[run.headline]:.3f}"
+
+    machine = (
+        f"{torch.cuda.get_device_name()}, TF32" if args.device == "cuda" else platform.machine()
+    )
+    made_by = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=run.code)
+    made_by["n_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    made_by["seconds"] = round(time.time() - start, 1)
+    record = json.dumps(asdict(run) | made_by | numbers)
+
+    # the record's presence means done, so it comes last
+    path = args.out_dir / "runs" / f"{run.name()}.npz"
+    path.unlink(missing_ok=True)  # an earlier training's
+    if run.seed == args.kept_seed:
+        for name, weight in model.state_dict().items():
+            arrays[f"weights.{name}"] = weight.half().cpu().numpy()
+        write_whole(path, lambda part: np.savez_compressed(part, **arrays))
+    write_whole(path.with_suffix(".json"), lambda part: part.write_text(record, "utf-8"))
+    return ended
 
 
-def send_progress(steps, text):
-    """In a worker: to the parent's bar."""
-    multiprocessing.current_process().progress.put((steps, text))
+def work(train_one, args, pipe):
+    """A worker: it trains the runs that come through the pipe, and sends back what is to be said,
+    until the parent closes it or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            run = pipe.recv()
+            try:
+                ended = train_run(train_one, args, run, lambda *progress: pipe.send(progress))
+                pipe.send(ended)
+            except (UsageError, OSError) as error:
+                pipe.send(error)
 
 
-def train_side_by_side(train_one, runs, device, jobs, report_progress):
-    """Train `jobs` runs at once; yield (run, (numbers, arrays)) as they finish."""
-    if jobs == 1:
-        for run in runs:
-            yield run, train_one_run(train_one, run, device, report_progress)
-        return
+def train_side_by_side(train_one, args, runs, report_progress):
+    """Train args.jobs runs at once, in processes; yield the line of each as it ends."""
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    with ProcessPoolExecutor(jobs, context, start_worker, [queue]) as pool:
-        pending = {}
-        for run in runs:
-            future = pool.submit(train_one_run, train_one, run, device, send_progress)
-            pending[future] = run
-        try:
-            while pending:
-                done, _ = wait(pending, timeout=0.2)
-                while not queue.empty():
-                    report_progress(*queue.get())
-                for future in done:
-                    yield pending.pop(future), future.result()
-        finally:  # after a failed run or Ctrl-C, too: nobody waits for the others
-            for worker in multiprocessing.active_children():
-                worker.kill()
+    waiting, workers = list(runs), {}
+    for _ in runs[: args.jobs]:
+        pipe, end_of_worker = context.Pipe()
+        worker = context.Process(target=work, args=(train_one, args, end_of_worker), daemon=True)
+        worker.start()
+        end_of_worker.close()  # here, so that the pipe ends with the worker
+        pipe.send(waiting.pop(0))
+        workers[pipe] = worker
+    try:
+        while workers:
+            for pipe in connection.wait(list(workers)):
+                message = pipe.recv()
+                if isinstance(message, Exception):
+                    raise message
+                if isinstance(message, tuple):
+                    report_progress(*message)
+                    continue
+                yield message
+                if waiting:
+                    pipe.send(waiting.pop(0))
+                else:
+                    del workers[pipe]
+    except EOFError:
+        sys.exit("error: a worker ended: see above, or, for its memory, try a smaller --jobs")
+    finally:  # after an error or Ctrl-C, too: nobody waits for the others
+        for worker in workers.values():
+            worker.kill()
 
 
-def train_missing(runs, train_one, headline, args):
-    """Train the runs that are not recorded yet -> {run: record} for all of `runs` that are.
+def train_missing(train_one, runs, args):
+    """Train the runs that have no record yet -> all of `runs` that have one, in that order.
 
-    train_one(run, device, report_progress) -> model, numbers, arrays. headline: the number that
-    is printed when a run ends."""
-    recorded = read_runs(args.out_dir, type(args.run))
-    found = [recorded[run] for run in runs if run in recorded]
-    todo = []
-    if not args.plot_only:
-        todo = [run for run in runs if args.fresh or run not in recorded]
+    train_one(run, device, report_progress) -> model, numbers of the record, arrays."""
+    found = read_runs(args.out_dir, type(runs[0]))
+    todo = [run for run in runs if args.fresh or run.name() not in found]
+    if args.plot_only:
+        todo = []
+    print(f"{args.out_dir}: {len(runs)} runs, {len(todo)} of them to train")
+
+    if todo:
         folder = args.out_dir / "runs"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         require(os.access(folder, os.W_OK), f"--out_dir {args.out_dir}: name a folder to write to")
-    print(f"{args.out_dir}: {len(found)} of these runs are recorded, {len(todo)} to train")
-    if todo and args.device == "cpu":  # the presets' seconds are those of a core
-        minutes = args.seconds * math.ceil(len(todo) / args.jobs) / 60
-        print(f"{args.jobs} at once: about {minutes:.1f} minutes with the preset's settings")
+        args.kept_seed = runs[0].seed  # whose arrays are kept
+        with tqdm(total=sum(run.max_iters for run in todo), leave=False) as bar:
 
-    # what every record of this call says of machine and code
-    on_cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() + ", TF32" if on_cuda else platform.machine()
-    sources = b"".join(Path(name).read_bytes() for name in sorted({__file__, args.script}))
-    code = hashlib.sha256(sources).hexdigest()[:8]
-    stamp = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=code)
-    if not args.fresh and any(record["code"] != code for record in found):
+            def report_progress(steps, text):
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(steps)
+
+            if args.jobs == 1:
+                ended = (train_run(train_one, args, run, report_progress) for run in todo)
+            else:
+                ended = train_side_by_side(train_one, args, todo, report_progress)
+            for line in ended:
+                bar.write(line)
+        found = read_runs(args.out_dir, type(runs[0]))
+
+    finished = [found[run.name()] for run in runs if run.name() in found]
+    require(finished, f"{args.out_dir}: none of these runs: leave out --plot_only")
+    if any(run.code != type(run).code for run in finished):
         print("some were made by other code and are used as they are; --fresh repeats them")
-
-    steps = 0
-    for run in todo:
-        models = 2 if arm_fields(run.arm)["past"] == "frozen" else 1  # its teacher, too
-        steps += models * run.max_iters
-    with tqdm(total=steps, leave=False, disable=not todo) as bar:
-
-        def report_progress(steps, text):
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(steps)
-
-        results = train_side_by_side(train_one, todo, args.device, args.jobs, report_progress)
-        for run, (numbers, arrays) in results:
-            recorded[run] = asdict(run) | stamp | numbers
-            is_first = run.seed == args.run.seed
-            save_run(args.out_dir, run, recorded[run], arrays if is_first else None)
-            bar.write(f"{run.arm:>12}, seed {run.seed}: {headline} {numbers[headline]:.3f}")
-
-    # in the order of `runs`, whenever they were trained
-    require(recorded.keys() & runs, f"{args.out_dir}: none of these runs: leave out --plot_only")
-    return {run: recorded[run] for run in runs if run in recorded}
+    return finished
 
 
 # ------------------------ command line
-def parse_flags(script, doc, presets, argv, more):
-    """presets: {name: dict(run, arms, seeds, seconds, ...)}; more: (flag, settings of argparse).
+def parse_flags(doc, run_class, presets, argv, more):
+    """Every setting of a run is a flag of one or more values -> args, and the runs: all their
+    combinations, each once.
 
-    -> args; args.run holds the preset's settings and those given by hand."""
-    about = (doc or "").split("\n")[0]  # python -OO has no docstrings
-    parser = argparse.ArgumentParser(Path(script).name, description=about, allow_abbrev=False)
+    presets: {name: {setting: value or list of values}}; more: {flag: what argparse takes}."""
+    quiet = dict(usage=argparse.SUPPRESS, allow_abbrev=False)  # so that an error is one line
+    first = argparse.ArgumentParser(add_help=False, **quiet)
+    sizes = "demo: seconds; quick: a laptop (default); full: a GPU"
+    first.add_argument("--preset", choices=presets, default="quick", help=sizes)
+    preset = presets[first.parse_known_args(argv)[0].preset]
+
+    # what is given by hand overrides the preset, and the preset the class's defaults
+    settings = {}
+    for f in fields(run_class):
+        values = preset.get(f.name, f.default)
+        settings[f.name] = values if isinstance(values, list) else [values]
+    lines = [
+        "settings of a run, each a flag of one or more values; the runs are their combinations:"
+    ]
+    for f in fields(run_class):
+        if f.metadata:
+            defaults = " ".join(map(str, settings[f.name]))
+            lines.append(f"  --{f.name:<15} {f.metadata['help']} ({defaults})")
+
+    commands = [line for line in doc.splitlines() if line.startswith("    python ")] if doc else []
+    parser = argparse.ArgumentParser(
+        parents=[first],
+        description="\n".join(commands),
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **quiet,
+    )
     add = parser.add_argument
-    devices = ["cpu"] + [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-    size = "demo: seconds; quick: a laptop (default); full: a GPU"
-    add("--preset", choices=presets, default="quick", help=size)
-    add("--arms", nargs="+", metavar="ARM", help=f"{', '.join(ARMS)}, horizon_<h>")
-    add("--seeds", type=int, help="how many seeds")
-    add("--sizes", nargs="+", metavar="LxC", help="LAYERSxCHANNELS, as 3x64: a sweep")
-    add("--device", choices=["auto", *devices], default="auto", help="auto: CUDA or else the CPU")
+    devices = [name for name in ("cuda", "cpu", "mps") if getattr(torch, name).is_available()]
+    add("--device", choices=devices, default=devices[0], help="CUDA if there is one, or the CPU")
     add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
     add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
     add("--fresh", action="store_true", help="train recorded runs again")
     add("--plot_only", action="store_true", help="train nothing, draw what is recorded")
-    for flag, how in more:
+    for flag, how in more.items():
         add(flag, **how)
-    settings = [f for f in fields(presets["quick"]["run"]) if f.metadata]
-    for f in settings:
-        add(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=f.metadata["help"])
+    for f in fields(run_class):
+        if f.metadata:
+            how = dict(type=f.type, nargs="+", default=settings[f.name], help=argparse.SUPPRESS)
+            add(f"--{f.name}", choices=f.metadata["choices"], **how)
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if "cuda" in devices else "cpu"
-    # one job for each core that torch may use; 61 is the most of Windows
-    jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
-
-    # what is given overrides the preset, and the preset these
-    preset = dict(sizes=[], jobs=jobs, out_dir=Path("out", args.preset)) | presets[args.preset]
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    if given.keys() & {"n_layer", "n_head", "n_embd"}:
-        preset["sizes"] = []  # one size by hand: no sweep
-    args = argparse.Namespace(script=script, **(preset | given))
-    of_run = {f.name: given[f.name] for f in settings if f.name in given}
-    args.run = replace(args.run, **of_run)
+    args.out_dir = args.out_dir or Path("out", args.preset)
+    if args.jobs is None:
+        args.jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
     require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")
-    require(args.seeds >= 1, f"seeds is {args.seeds}: give 1 or more")
-    return args
 
-
-def all_runs(args, base, heads_for):
-    """The runs of a call: every seed, size and arm of `base`, each once, in that order.
-
-    heads_for(channels) -> n_head, for --sizes."""
-    shapes = []
-    for size in args.sizes:
-        layers, _, channels = size.partition("x")
-        require(layers.isdecimal() and channels.isdecimal(), f"size {size}: write it as 3x64")
-        layers, channels = int(layers), int(channels)
-        shapes.append(dict(n_layer=layers, n_embd=channels, n_head=heads_for(channels)))
-    runs = []
-    for seed in range(base.seed, base.seed + args.seeds):
-        for shape in shapes or [{}]:
-            for arm in args.arms:
-                runs.append(replace(base, seed=seed, arm=arm, **shape))
-    return list(dict.fromkeys(runs))
+    values = [getattr(args, name, of_preset) for name, of_preset in settings.items()]
+    runs = [run_class(*combination) for combination in itertools.product(*values)]
+    return args, list({run.name(): run for run in runs}.values())
 
 
 @contextlib.contextmanager
-def exit_status(script):
-    """Ends the command with one line and status 2 for bad input, 1 for a killed worker, 130 for
-    Ctrl-C; a bug keeps its traceback."""
+def no_traceback():
+    """Bad input ends the command with a line and status 2, Ctrl-C with a line and 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a letter that a console lacks must not end a run
             stream.reconfigure(errors="replace")
     try:
         yield
-        return
-    except UsageError as error:
-        status, message = 2, "error: " + " ".join(str(error).split())
-    except BrokenExecutor:
-        why = "a run was ended by the system, perhaps for its memory"
-        status, message = 1, f"{why}: try a smaller --jobs; finished runs are kept"
+    except (UsageError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; without --fresh the same command goes on"
-    print(f"{Path(script).name}: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-# ------------------------ what it costs
-def time_calls(calls, rounds=11):
-    """{name: call} -> a cell for each: its time over the first one's in the same round, in which
-    every call is timed once, in any order: median (quartiles), median time."""
-    threads = torch.get_num_threads()
-    seconds = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name in np.random.permutation(list(calls)):
-            timer = benchmark.Timer("f()", globals=dict(f=calls[name]), num_threads=threads)
-            seconds[name].append(timer.timeit(1).mean)  # after two calls that warm up
-    cells = []
-    first = np.array(next(iter(seconds.values())))
-    for times in seconds.values():
-        low, middle, high = np.quantile(times / first, [0.25, 0.5, 0.75])
-        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})\n{1000 * np.median(times):.1f} ms")
-    return cells
-
-
-def bench(args):
-    """Time the attention sublayer in four ways, and a whole training step in two."""
-    torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
-    run, C, n_head = args.run, args.run.n_embd, args.run.n_head
-
-    own = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-    ways = {
-        "torch's own": lambda x, w, b: merge_heads(own(*heads(x, w, b, n_head))),
-        "vanilla": lambda x, w, b: myopic_attention(x, w, b, n_head, horizon=None),
-        "myopic": lambda x, w, b: myopic_attention(x, w, b, n_head, horizon=0),
-        "two streams": lambda x, w, b: two_stream_attention(x, x.detach(), w, b, n_head),
-    }
-
-    def forward_backward(way, leaves, dy):
-        torch.autograd.grad(way(*leaves), leaves, dy)
-
-    rows = []
-    for T in (64, 256, 1024):
-        B = max(1, run.batch_size * run.block_size // T)
-        x, dy = torch.randn(2, B, T, C).to(args.device, getattr(torch, run.dtype))
-        leaves = [x.requires_grad_(), *nn.Linear(C, 3 * C).to(x).parameters()]
-        calls = {}
-        for name, way in ways.items():
-            calls[name] = functools.partial(forward_backward, way, leaves, dy)
-        rows.append([f"sublayer\nT = {T}", *time_calls(calls)])
-
-    xy = torch.randint(256, (2, run.batch_size, run.block_size), device=args.device)
-    calls = {}
-    for arm in ("vanilla", "myopic"):
-        one_step = replace(run, arm=arm, max_iters=1)
-        model = GPT(one_step.config(256, run.dropout)).to(args.device)
-        optimizers = configure_optimizers(model, one_step)
-        call = functools.partial(train, model, optimizers, lambda step: xy, one_step)
-        calls[arm] = functools.partial(call, lambda steps, loss: None)
-    rows.append([f"step\nT = {run.block_size}", "", *time_calls(calls), ""])
-    caption = "time over the row's first in the same round: median (quartiles); median time"
-    print_table(f"Forward and backward on {args.device}", ["", *ways], rows, caption)
+        print("interrupted; without --fresh the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 # ------------------------ main
 def flags(argv=None):
+    """Words of a command line -> args, runs."""
     data = dict(nargs="+", metavar="FILE", default=[], help="UTF-8 text (Python's own English)")
-    cost = dict(action="store_true", help="only measure what the stop-gradient costs")
-    args = parse_flags(__file__, __doc__, PRESETS, argv, [("--data", data), ("--bench", cost)])
-    args.runs = all_runs(args, args.run, lambda channels: max(1, channels // 16))
-    return args
+    return parse_flags(__doc__, TextRun, PRESETS, argv, {"--data": data})
 
 
+@no_traceback()
 def main(argv=None):
-    """Train what is not recorded yet, print the table, draw; or measure what it costs."""
-    with exit_status(__file__):
-        args = flags(argv)
-        if args.bench:
-            bench(args)
-            return
-        train_part, held_part = load_text(args.data, args.run.block_size)
-        print(f"text: {len(train_part):,} bytes to train on, {len(held_part):,} held out")
-        split = f"{len(train_part)} ".encode()
-        digest = hashlib.sha256(split + train_part + held_part).hexdigest()
-        runs = [replace(run, data_sha256=digest) for run in args.runs]
-        train_one = functools.partial(train_text, (train_part, held_part))
-        report(train_missing(runs, train_one, "val_loss", args), args)
+    """Train what is not recorded yet, print the table, draw."""
+    args, runs = flags(argv)
+    text = train_part, held_part = load_text(args.data)
+    print(f"text: {len(train_part):,} bytes to train on, {len(held_part):,} held out")
+    split = f"{len(train_part)} ".encode()
+    digest = hashlib.sha256(split + train_part + held_part).hexdigest()
+    runs = [replace(run, data_sha256=digest) for run in runs]
+    report(train_missing(functools.partial(train_text, text), runs, args), args.out_dir)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up once, then run everything and draw every figure.
 #   ./run_all.sh [flags]     first the preset demo, then quick (full if there is CUDA), or the one that
-#                            --preset names; flags are those that both scripts know: --seeds 5, --jobs 4
+#                            --preset names; flags are those that both scripts know: --seed 0 1 2 3 4, --jobs 4
 #   ./run_all.sh test        the tests
 # Works from any folder. Needs Python 3.10 or newer; a virtual environment is made in .venv, unless the
 # current python has every package. Interrupted? The same command goes on after the last finished run.
@@ -50,9 +50,11 @@ set_up
 # A flag that one of the scripts does not know is refused before anything is trained or made.
 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" - "$@" <<'EOF_PYTHON'
 import sys, myopic_gpt, synthetic
+words = sys.argv[1:]
 for script in (synthetic, myopic_gpt):
-    with myopic_gpt.exit_status(script.__file__):
-        script.flags(sys.argv[1:])
+    sys.argv[0] = script.__file__  # for the error line
+    with myopic_gpt.no_traceback():
+        script.flags(words)
 EOF_PYTHON
 presets=(demo "$("$python" -c 'import torch; print("full" if torch.cuda.is_available() else "quick")')")
 case " $* " in *" --preset"*) presets=("") ;; esac

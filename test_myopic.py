@@ -46,6 +46,12 @@ def assert_agree(got, true, tolerance=1e-10):
         assert (a - b).norm() <= tolerance * (b.norm() or 1), name
 
 
+def preset_run(script, name, **settings):
+    """The first run of a preset, with other settings."""
+    _, runs = script.flags(["--preset", name])
+    return replace(runs[0], **settings)
+
+
 def make_gpt(dtype=torch.float64, **settings):
     """A small GPT with all parameters random, so that no gradient is zero by accident."""
     torch.manual_seed(0)
@@ -224,10 +230,21 @@ def test_second_derivatives_are_refused_and_what_it_saves_is_small_and_freed():
 @pytest.mark.parametrize("B, T", [(2, 9), (0, 3), (2, 0)])
 def test_two_streams_with_a_detached_past_are_myopic(B, T):
     leaves, dy = attention_inputs(B, T)
-    true = attention_gradients(
-        lambda x, w, b: mg.two_stream_attention(x, x.detach(), w, b, 3), leaves, dy
-    )
+
+    def textbook(x, w, b):
+        q, k, v = mg.heads(x, w, b, 3)
+        _, k_past, v_past = mg.heads(x.detach(), w, b, 3)
+        return mg.merge_heads(mg.two_stream_attention(q, k, v, k_past, v_past))
+
+    true = attention_gradients(textbook, leaves, dy)
     assert_agree(attention_gradients(mg.myopic_attention, leaves, dy, 3), true)
+
+
+def test_two_streams_with_a_past_of_zeros_are_differentiated_through():
+    q, k, v = torch.randn(3, 1, 2, 4, 3).double().requires_grad_().unbind()
+    zeros = torch.zeros_like(k)
+    attention = functools.partial(mg.two_stream_attention, k_past=zeros, v_past=zeros)
+    assert torch.autograd.gradcheck(attention, (q, k, v))
 
 
 # ------------------------ the model
@@ -282,11 +299,15 @@ def test_bad_values_are_refused():
     pytest.raises(mg.UsageError, model, idx)  # block_size is 8
     for settings in (dict(idx=idx[:, :0]), dict(temperature=0), dict(top_k=0)):
         pytest.raises(mg.UsageError, model.generate, **(dict(idx=idx, max_new_tokens=1) | settings))
-    bad = [dict(dtype="bf16"), dict(block_size=2.5), dict(n_head=0), dict(arm="horizon_1.5")]
-    for settings in [*bad, dict(learning_rate=math.nan), dict(weight_decay=-1), dict(beta1=1)]:
+    bad = [dict(muon="some"), dict(block_size=2.5), dict(n_head=5), dict(arm="horizon_1.5")]
+    bad += [dict(learning_rate=math.nan), dict(weight_decay=-1), dict(beta1=1), dict(seed=2**32)]
+    for settings in bad:
         pytest.raises(mg.UsageError, mg.TextRun, **settings)
-    for settings in (dict(p=0), dict(p=1.5), dict(a=32), dict(arm="local_myopic"), dict(seed=9000)):
-        pytest.raises(mg.UsageError, replace, synthetic.QUICK, **settings)  # a < T, seed < 9000
+    bad = [dict(p=0), dict(p=1.5), dict(a=16), dict(block_size=20), dict(n_layer=1)]
+    for settings in [*bad, dict(arm="local_myopic"), dict(seed=9000), dict(b_hold=0.7)]:
+        pytest.raises(mg.UsageError, preset_run, synthetic, "quick", **settings)
+    for horizon in (True, 1.5, -1):
+        pytest.raises(mg.UsageError, replace, model.config, horizon=horizon)
 
 
 # ------------------------ text and training
@@ -326,35 +347,36 @@ def test_muon_is_torchs_as_far_as_bfloat16_lets_it(shape):
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_is_the_clipped_gradient_times_the_rate_in_the_dtype(monkeypatch, dtype):
-    run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, grad_clip=0.1, dtype=dtype)
-    model, weights, is_autocast = make_gpt(torch.float32), [], []
-    monkeypatch.setattr(mg, "attend", Mock(wraps=mg.attend))
-    embedding = model.lm_head.weight
-    embedding.register_hook(lambda grad: is_autocast.append(torch.is_autocast_enabled("cpu")))
+def test_a_step_is_the_clipped_gradient_times_the_rate(monkeypatch):
+    run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, grad_clip=0.1)
+    model, weights = make_gpt(torch.float32), []
+    everything = list(model.parameters())
+    parts = everything[::2], everything[1::2]
+    optimizers = [torch.optim.SGD(part, 0.2) for part in parts]
+    monkeypatch.setattr(mg, "configure_optimizers", lambda model, run: optimizers)
 
     def after_step(done):
-        assert model.training and embedding.grad is None
+        assert model.training and model.lm_head.weight.grad is None
         model.eval()  # as an evaluation leaves it
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        weights.append([torch.cat([p.detach().flatten() for p in part]) for part in parts])
 
     after_step(0)
-    plain = torch.optim.SGD(model.parameters(), 0.2)
-    mg.train(model, [plain], lambda step: batch(6), run, Mock(), after_step)
-    moved = [(new - old).norm().item() for old, new in itertools.pairwise(weights)]
-    assert moved == pytest.approx([0.01, 0.02, 0.02, 0.01], rel=1e-3)  # rates .1, .2, .2, .1
-    assert mg.attend.call_args[0][0].dtype == getattr(torch, dtype)
-    assert is_autocast == 4 * [False]  # in the backward pass
+    mg.train(model, run, lambda step: batch(6), after_step, Mock())
+    moved = []
+    for old, new in itertools.pairwise(weights):
+        moved.append([(b - a).norm().item() for a, b in zip(old, new)])
+    # rates .1, .2, .2, .1, in both optimizers
+    assert np.linalg.norm(moved, axis=1) == pytest.approx([0.01, 0.02, 0.02, 0.01], rel=1e-3)
+    assert min(moved[0]) > 0.001
 
 
 def test_text_is_split_between_paragraphs_and_each_of_english_is_there_once(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("\ufeff" + "the cat, the dög.\n\n" * 200, encoding="utf-8")
-    train, held_out = (part.decode() for part in mg.load_text([file], 8))
+    train, held_out = (part.decode() for part in mg.load_text([file]))
     assert train == "the cat, the dög.\n\n" * 180 + "the cat, the dög."
     assert held_out == "\n\nthe cat, the dög." * 19 + "\n\n"
-    train, held_out = (set(part.split(b"\n\n")) for part in mg.load_text([], 64))
+    train, held_out = (set(part.split(b"\n\n")) for part in mg.load_text([]))
     assert len(train) > 5000 and len(held_out) > 500 and train & held_out <= {b""}
 
 
@@ -397,21 +419,6 @@ def test_arms_share_start_and_batches_and_seeds_share_none(monkeypatch):
 
 
 # ------------------------ the command and its files
-def test_a_file_is_whole_or_not_there_and_a_full_disk_costs_the_arrays_alone(tmp_path, monkeypatch):
-    def fail(part, **arrays):
-        part.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(np, "savez_compressed", fail)
-    mg.save_run(tmp_path, mg.TextRun(), {}, dict(a=np.zeros(2)))
-    assert [path.name for path in tmp_path.rglob("*.*")] == [f"{mg.TextRun().name()}.json"]
-    pytest.raises(mg.UsageError, mg.draw, tmp_path / "figure", lambda: fail)  # a plot's writer
-    monkeypatch.setattr(mg, "write_whole", Mock())
-    mg.save_run(tmp_path, mg.TextRun(), {}, {})  # the record comes last: it says that all is there
-    assert [c.args[0].suffix for c in mg.write_whole.call_args_list] == [".npz", ".json"]
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current folder, with a small text, one too short and one that is not UTF-8."""
@@ -423,47 +430,92 @@ def folder(tmp_path, monkeypatch):
 
 
 def call(words, out="out/demo"):
-    """Run the command -> {run: record} of all that the folder then holds; seconds are set to 0."""
+    """Run the command -> {name: record} of all that the folder then holds, but for the seconds."""
     mg.main(f"{TINY} {words} --out_dir {out}".split())
     found = mg.read_runs(out, mg.TextRun)
-    return {run: record | dict(seconds=0) for run, record in found.items()}
+    return {name: vars(run) | dict(seconds=0, npz=None) for name, run in found.items()}
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    def fail(part):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    pytest.raises(OSError, mg.write_whole, tmp_path / "figure", fail)
+    assert not list(tmp_path.iterdir())
+
+
+CALLS = {  # words: what varies, and its values in the order of the runs
+    "--arm vanilla myopic --seed 3 5 --p 1 0.3 1.0": (
+        ["arm", "seed", "p"],
+        list(itertools.product(("vanilla", "myopic"), (3, 5), (1, 0.3))),
+    ),
+    "--arm bigram --seed 1 --n_layer 2 3 --n_head 1 --n_embd 16 32": (
+        ["n_layer", "n_head", "n_embd"],
+        [(2, 1, 16), (2, 1, 32), (3, 1, 16), (3, 1, 32)],
+    ),
+    "--arm bigram --seed 1 --n_head 0 --n_embd 40 16": (
+        ["n_head", "n_embd"],
+        [(2, 40), (1, 16)],
+    ),
+}
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_the_runs_of_a_call_are_all_combinations_each_once(words):
+    names, values = CALLS[words]
+    _, runs = synthetic.flags(words.split())
+    assert [tuple(getattr(run, name) for name in names) for run in runs] == values
 
 
 def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch):
     monkeypatch.setattr(mg, "train", Mock(wraps=mg.train))
     monkeypatch.setattr(mg, "report", Mock())
-    arms = "--arms vanilla horizon_1 bigram local_myopic"
+    arms = "--arm vanilla horizon_1 bigram local_myopic"
     torch.set_num_threads(2)  # a run takes one all the same
     records = call(arms)
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     assert call(arms) == records and mg.train.call_count == 5  # a teacher is the fifth
     assert call(f"{arms} --jobs 2", "two") == records  # in other processes: not counted
-    assert call("--arms vanilla bigram --fresh") == records and mg.train.call_count == 7
+    assert call("--arm vanilla bigram --fresh") == records and mg.train.call_count == 7
 
     vanilla, bigram = mg.report.call_args[0][0]  # the runs asked for, in that order
     text = Path("text").read_bytes()
     digest = hashlib.sha256(b"%d " % (len(text) * 9 // 10) + text).hexdigest()
     assert (vanilla.arm, bigram.arm, vanilla.data_sha256) == ("vanilla", "bigram", digest)
-    assert replace(synthetic.QUICK, b=4).name() == replace(synthetic.QUICK, b=4.0).name()
+    assert vanilla.code == hashlib.sha256(Path(mg.__file__).read_bytes()).hexdigest()[:8]
 
 
 def test_figures_whatever_the_console_and_the_settings(folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
     monkeypatch.setitem(mg.matplotlib.rcParams, "text.usetex", True)  # takes latex
-    records = call("--seed 2 --seeds 2 --arms vanilla myopic")
+    records = call("--seed 2 3 --arm vanilla myopic")
     assert Path("out/demo/text_gaps.png").exists()
     assert not list(Path("out/demo/runs").glob("*seed3*.npz"))  # the first seed's alone are kept
-    assert call("--seed 2 --arms vanilla bigram --plot_only") == records  # nothing is trained
+    assert call("--seed 2 --arm vanilla bigram --plot_only") == records  # nothing is trained
+
+
+def test_an_old_figure_does_not_stay(folder, capsys):
+    call("--arm vanilla")
+    assert "no text_gaps.png: it takes vanilla and another arm" in capsys.readouterr().out
+    call("--arm vanilla myopic")
+    assert Path("out/demo/text_gaps.png").exists()
+    call("--arm myopic")
+    assert not list(Path("out/demo").glob("*.png"))
 
 
 BAD = [
-    ("--sizes 3by4", "size 3by4"),
+    ("--arm x", "'x'"),
+    ("--arms vanilla", "--arms"),
+    ("--n_embd 16 --n_head 5", "n_head 5"),
+    ("--jobs 0", "jobs is 0"),
     ("--data latin", "latin"),
     ("--data short", "block_size is 8"),
     ("--out_dir short", "short"),
     ("--plot_only", "none of these runs"),
     ("--max_iters 1 --learning_rate 1e30", "--learning_rate"),
-    ("--arms myopic --learning_rate 1e30 --jobs 2", "myopic, seed 0: loss nan at step 4"),
+    ("--arm myopic --learning_rate 1e30 --jobs 2", "myopic, seed 0: loss nan at step 4"),
 ]
 
 
@@ -475,10 +527,19 @@ def test_bad_input_is_one_line_and_status_2(folder, capsys, words, said):
     assert stop.value.code == 2 and said in error and "\n" not in error
 
 
+def test_a_file_that_is_no_record_is_named(folder):
+    call("--arm vanilla")
+    (path,) = Path("out/demo/runs").glob("*.json")
+    for text in ("", "[1]", path.read_text()[:-9]):
+        path.write_text(text)
+        with pytest.raises(mg.UsageError, match=path.stem):
+            mg.read_runs("out/demo", mg.TextRun)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_or_killed_no_process_is_left(folder, number, status):
-    words = f"{TINY} --max_iters 9999999 --jobs 2 --arms vanilla"
+    words = f"{TINY} --max_iters 9999999 --jobs 2 --arm vanilla"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     # a test run in the background would hand down a Ctrl-C that is ignored
     pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -496,57 +557,74 @@ def die(run, device, report_progress):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-def test_a_worker_killed_for_its_memory_is_one_line_and_status_1(capsys):
-    with pytest.raises(SystemExit) as stop, mg.exit_status("script.py"):
-        list(mg.train_side_by_side(die, [mg.TextRun()], "cpu", 2, Mock()))
-    assert stop.value.code == 1 and "--jobs" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="a bug"), mg.exit_status("script.py"):
-        raise ValueError("a bug")  # keeps its traceback
+def test_a_worker_killed_for_its_memory_is_one_line_and_a_bug_has_a_traceback(tmp_path):
+    args = SimpleNamespace(jobs=2, out_dir=tmp_path, device="cpu", kept_seed=0)
+    with pytest.raises(SystemExit, match="--jobs"), mg.no_traceback():
+        list(mg.train_side_by_side(die, args, [mg.TextRun()], Mock()))
+    with pytest.raises(ValueError, match="a bug"), mg.no_traceback():
+        raise ValueError("a bug")
 
 
 # ------------------------ tables and figures say what the records say
-def test_what_is_shown_of_english(capsys):
+def finished(run_class, numbers, **settings):
+    """A run with the numbers of a record."""
+    run = run_class(**settings)
+    vars(run).update(numbers)
+    return run
+
+
+def figure(monkeypatch, plot, *data):
+    """-> the Figure that plot(path, *data) would write."""
+    monkeypatch.setattr(mg, "save_figure", Mock())
+    plot(Path("none"), *data)
+    return mg.save_figure.call_args[0][1]
+
+
+def test_what_is_shown_of_english(capsys, monkeypatch):
     losses = dict(vanilla={1: 2, 0: 1, 3: 2}, myopic={0: 2, 1: 5, 2: 9}, bigram={1: 5, 0: 4, 3: 2})
-    found = {}
+    runs = []
     for arm, by_seed in losses.items():
         for seed, loss in by_seed.items():
             record = dict(val_loss=loss, train_loss=8, n_params=7, sample="so\x1b\x9b\r")
             record["curve"] = [[0, 8, 0], [4, 8, loss]]  # step, training loss, validation loss
             record["loss_by_position"] = [0, loss, loss, 3 * loss, loss]
-            found[mg.TextRun(arm=arm, seed=seed, block_size=5)] = record
-    assert mg.gaps(found, "myopic") == {0: 1, 1: 3}  # of the seeds that vanilla has, too
-    assert mg.shares_of_bigram(found, "bigram") == [100, 100]  # seed 3's gap of bigram is noise
+            runs.append(finished(mg.TextRun, record, arm=arm, seed=seed, block_size=5))
+    assert mg.gaps(runs, "myopic") == {0: 1, 1: 3}  # of the seeds that vanilla has, too
+    assert mg.shares_of_bigram(runs, "bigram") == [100, 100]  # seed 3's gap of bigram is noise
     numbers = ["3", "5.333 ± 3.512", "8.000 ± 0.000", "2.000 ± 1.414", "66.7 ± 47.1"]
     # size, parameters, arm; n, both losses, gap, % of bigram's; sample
-    assert mg.table_rows(found)[1] == ["3x96", "7", "myopic", *numbers, "so   "]
+    assert mg.table_rows(runs)[1] == ["3x96", "7", "myopic", *numbers, "so   "]
     mg.print_table("title", ["writes"], [["[red]:smile:" + 200 * "@"]], "caption")
     out = capsys.readouterr().out
     assert "[red]:smile:" in out and out.count("@") == 200  # letters as they are, none cut
 
-    left, right = mg.plot_gaps(found, "").__self__.axes  # a plot returns its figure's savefig
+    left, right = figure(monkeypatch, mg.plot_gaps, runs).axes
     myopic, bigram = (line.get_xydata().tolist() for line in left.lines)
     assert myopic == bigram == [[0, 0], [4, 2]]  # step; (1 + 3) / 2 and (3 + 3 + 0) / 3
     low, high = left.collections[0].get_paths()[0].get_extents().intervaly
-    assert (low, high) == pytest.approx((0, 2 + math.sqrt(2)))  # at step 0; mean + sd at 4
-    # positions 0 (bigram's gap is 0: left blank), 1, mean of 2 and 3, 4
-    assert list(right.lines[0].get_ydata()) == pytest.approx([math.nan, 2, 4, 2], nan_ok=True)
-    assert len({mg.look(f"horizon_{h}") for h in (1, 2, 4, 9, 10, 16)}) == 6
+    assert (low, high) == (0, 3)  # at step 0; the larger of two seeds at step 4
+    # positions 0, 1, mean of 2 and 3, 4
+    assert list(right.lines[0].get_ydata()) == pytest.approx([0, 2, 4, 2])
+    assert len(set(mg.LOOKS.values())) == len(mg.LOOKS) == len(mg.ARMS) + 1  # and "untrained"
 
 
-def test_bench_times_what_it_says(folder, monkeypatch):
-    slow, fast = mg.time_calls(dict(slow=lambda: sum(range(20000)), fast=lambda: None), rounds=3)
-    assert slow.startswith("1.00 (1.00–1.00)") and float(fast[:4]) < 0.5
-    for name in ("two_stream_attention", "near_gradients"):
-        monkeypatch.setattr(mg, name, Mock(wraps=getattr(mg, name)))
-    monkeypatch.setattr(mg, "time_calls", Mock(side_effect=list))  # cells: names
-    mg.main((TINY + "--bench").split())
-    for c in mg.time_calls.call_args_list:
-        for name, timed in c.args[0].items():
-            mg.near_gradients.reset_mock()
-            timed()
-            assert mg.near_gradients.called == (name == "myopic")
-    x, past_x, *_ = mg.two_stream_attention.call_args.args
-    assert x.requires_grad and not past_x.requires_grad
+def test_runs_of_other_settings_are_never_averaged():
+    runs = []
+    for n, (rate, size, seed) in enumerate(itertools.product((1e-3, 2e-3), (16, 32), (0, 1))):
+        settings = dict(learning_rate=rate, n_embd=size, n_head=1, seed=seed)
+        record = dict(val_loss=n, train_loss=n, n_params=size, sample="", curve=[])
+        runs.append(finished(mg.TextRun, record, **settings))
+    extra = mg.extra_settings(runs, "size")
+    assert extra == ["learning_rate"]
+    rows = [(row[0], row[1], row[5]) for row in mg.table_rows(runs, extra)]
+    assert rows == [
+        ("0.001", "3x16", "0.500 ± 0.707"),  # of two seeds each
+        ("0.001", "3x32", "2.500 ± 0.707"),
+        ("0.002", "3x16", "4.500 ± 0.707"),
+        ("0.002", "3x32", "6.500 ± 0.707"),
+    ]
+    assert mg.extra_settings(runs[:4], "size") == []
+    assert len(mg.alike(runs, runs[0], extra)) == 4
 
 
 # ------------------------ the sine task
@@ -581,20 +659,19 @@ class KnownModel:
 
 
 def test_probe_and_patch_find_what_a_known_model_holds():
-    run = replace(synthetic.DEMO, p=0.5)
+    run = preset_run(synthetic, "demo", p=0.5)
     torch.manual_seed(0)
     r2, x, estimate = synthetic.probe_model(KnownModel(), run, 600, "cpu")
     assert np.max(r2[0]) < 0  # held out: in sample, 100 channels of noise would hold something
     assert r2[1] == pytest.approx([1, 0, 1, 0, 0, 0], abs=0.02)
     assert estimate == pytest.approx(np.sin(4 * x), abs=0.02)
-    assert synthetic.r_squared(torch.tensor([[6.0]]), torch.tensor([[5.0], [7.0]])) == 0  # centred
     slopes = synthetic.patch(KnownModel(), run, 500, "cpu")
     assert slopes == pytest.approx([0, 0.5, 0.5, 0.5, 0, 0], abs=1e-4)  # only n's state moves
 
 
 def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
     monkeypatch.setattr(synthetic, "sample_batch", Mock(wraps=synthetic.sample_batch))
-    run = replace(synthetic.DEMO, max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
+    run = preset_run(synthetic, "demo", max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
     model, numbers, _ = synthetic.train_sine(run, "cpu", Mock())
     drawn = {}  # {seed: [(b, p, standard deviation of x)]}
     for c in synthetic.sample_batch.call_args_list:
@@ -616,7 +693,7 @@ def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
 
 
 def test_a_sine_model_starts_the_same_in_every_arm_with_positions_as_waves():
-    run = replace(synthetic.FULL, wave_std=0.3)
+    run = preset_run(synthetic, "full", wave_std=0.3)
     model, myopic = synthetic.make_model(run), synthetic.make_model(replace(run, arm="myopic"))
     assert_agree(trainable(myopic), trainable(model), 0)
     other = synthetic.make_model(replace(run, seed=1))
@@ -626,21 +703,26 @@ def test_a_sine_model_starts_the_same_in_every_arm_with_positions_as_waves():
     assert waves[0, ::2].abs().max() < 1e-6 < waves[0, 1::2].min()  # sines, cosines
 
 
-def test_parts_by_lag_add_up_to_the_gradient():
+def test_lag_shares_are_parts_of_the_gradient():
     model, xy = make_gpt(), batch(8)
-    true = gradients(model, *xy)
-    by_lag, shares = mg.gradients_by_lag(model, *xy), mg.lag_shares(model, *xy)
-    for layer, (parts, share) in enumerate(zip(by_lag, shares)):
-        whole = true[f"transformer.h.{layer}.attn.c_attn.weight"][12:]
-        assert_agree(dict(kv=parts.sum(0)), dict(kv=whole))
-        for n, g in enumerate(whole.chunk(2)):  # W_K, then W_V
-            own = (parts[0].chunk(2)[n] * g).sum() / g.square().sum()
-            assert share[n][0] == pytest.approx(own.item(), abs=1e-4)
+    shares = mg.lag_shares(model, *xy)
+    for layer, block in enumerate(model.transformer.h):
+        # what W_K and W_V of this block get from readers at most `horizon` later
+        up_to = [torch.zeros(2, 12, 12)]
+        for horizon in range(8):
+            block.attn.config = replace(model.config, horizon=horizon, cut="kv")
+            dw = gradients(model, *xy)[f"transformer.h.{layer}.attn.c_attn.weight"]
+            up_to.append(dw[12:].unflatten(0, (2, 12)))
+        block.attn.config = model.config
+        whole = up_to[-1]
+        for lag, (before, after) in enumerate(itertools.pairwise(up_to)):
+            true = ((after - before) * whole).sum((1, 2)) / whole.square().sum((1, 2))
+            assert [shares[layer][n][lag] for n in (0, 1)] == pytest.approx(true.tolist(), abs=1e-4)
     pytest.raises(mg.UsageError, mg.lag_shares, make_gpt(horizon=0), *xy)
 
 
 def test_vanilla_plans_ahead_and_myopic_does_not():
-    run = synthetic.PRESETS["demo"]["run"]
+    run = preset_run(synthetic, "demo")
     _, vanilla, _ = synthetic.train_sine(run, "cpu", Mock())
     _, myopic, _ = synthetic.train_sine(replace(run, arm="myopic"), "cpu", Mock())
     assert vanilla["ratio"] < 0.2 and myopic["ratio"] > 0.85
@@ -651,7 +733,7 @@ def test_vanilla_plans_ahead_and_myopic_does_not():
 
 def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(synthetic, "FuncAnimation", Mock(wraps=synthetic.FuncAnimation))
-    tiny = "--preset demo --max_iters 6 --eval_sequences 64 --jobs 1 --sizes 2x8 2x16"
+    tiny = "--preset demo --max_iters 6 --eval_sequences 64 --jobs 1 --n_embd 8 16"
     flags = [*tiny.split(), "--out_dir", str(tmp_path)]
     synthetic.main(flags)
     assert len(list(tmp_path.glob("precache*"))) == 7
@@ -668,15 +750,13 @@ def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.glob("precache*"))) == 4
 
 
-def test_pictures_of_trained_models_are_of_their_own_weights():
-    demo = ROOT / "results" / "demo"
-    found = mg.read_runs(demo, synthetic.SineRun)
-    run = replace(next(iter(found)), arm="bigram")  # the first arm of a call may be any
-    for ax in synthetic.plot_sequence(found, run, demo).__self__.axes:
+def test_pictures_of_trained_models_are_of_their_own_weights(monkeypatch):
+    runs = list(mg.read_runs(ROOT / "results" / "demo", synthetic.SineRun).values())
+    for ax in figure(monkeypatch, synthetic.plot_sequence, runs).axes:
         true = np.array([bar.get_height() for bar in ax.patches[:12]])
         vanilla, myopic = (np.abs(line.get_ydata() - true).mean() for line in ax.lines)
         assert vanilla < 0.25 < myopic
-    axes = synthetic.plot_gradients(found, run, demo).__self__.axes
+    axes = figure(monkeypatch, synthetic.plot_gradients, runs).axes
     for ax, reach in zip(axes, (11, 8, 0)):  # all; two layers of horizon 4; its own
         is_drawn = ~np.ma.getmaskarray(ax.images[0].get_array())
         assert np.array_equal(is_drawn, np.triu(np.tri(12), -reach))  # 0 <= i - j <= reach
@@ -684,7 +764,7 @@ def test_pictures_of_trained_models_are_of_their_own_weights():
 
 # ------------------------ run_all.sh and README
 @pytest.mark.skipif(os.name == "nt", reason="no bash")
-@pytest.mark.parametrize("words, status, said", [("--help", 0, "Set up once"), ("--arms x", 2, "")])
+@pytest.mark.parametrize("words, status, said", [("--help", 0, "Set up once"), ("--arm x", 2, "")])
 def test_run_all_from_anywhere_and_with_any_environment(tmp_path, words, status, said):
     (tmp_path / "project").symlink_to(ROOT, target_is_directory=True)
     odd = dict(CDPATH=str(tmp_path), PYTHONOPTIMIZE="2", PYTHONSAFEPATH="1", PYTHONHOME="no_such")
@@ -705,22 +785,31 @@ def test_readme_shows_what_its_examples_print(monkeypatch, capsys):
     assert len(shown) == 3
 
 
-def test_numbers_in_the_readmes_are_those_of_the_records():
-    lags = mg.plot_lags(mg.read_runs(ROOT / "results" / "quick", mg.TextRun), 4, "").__self__
+def test_commands_of_the_readmes_are_parsed():
+    text, scripts = README + TABLES, {"myopic_gpt.py": mg, "synthetic.py": synthetic}
+    commands = re.findall(r"`python (\w+\.py)([^`…]*)", text)  # in a line
+    commands += re.findall(r"^python (\w+\.py)([^#\n]*)", text, re.M)  # in a block
+    assert len(commands) > 15
+    for script, words in commands:
+        scripts[script].flags(words.split())
+    for words in re.findall(r"`(--\w+ [^`]*)`", text):  # what is said to be added
+        (mg if "local_myopic" in words else synthetic).flags(words.split())
+
+
+def test_numbers_in_the_readmes_are_those_of_the_records(monkeypatch):
+    quick = list(mg.read_runs(ROOT / "results" / "quick", mg.TextRun).values())
+    lags = figure(monkeypatch, mg.plot_lags, quick, 4)
     assert "83 ± 1 % (by counting 97 %)" in lags.get_suptitle() and "83 ± 1 %" in README
     for name in ("demo", "quick", "full", "earlier"):
-        groups = {}  # of runs that differ in arm and seed alone
         for kind in (synthetic.SineRun, mg.TextRun):
-            for run, record in mg.read_runs(ROOT / "results" / name, kind).items():
-                groups.setdefault(replace(run, seed=0, arm="vanilla"), {})[run] = record
-        for run, group in groups.items():
-            if run.kind == "sines":  # all but the size and the paper's
-                rows = [[row[0], *row[2:-1]] for row in synthetic.table_rows(group)]
-            else:  # all but the training loss and what it writes
-                rows = [[*row[:5], *row[6:8]] for row in mg.table_rows(group)]
-            for row in rows:
-                is_ablation = name == "earlier" and row[2] == "1"  # of sines, n = 1
-                assert is_ablation or f"| {' | '.join(row)} |" in TABLES
-        assert groups
+            runs = list(mg.read_runs(ROOT / "results" / name, kind).values())
+            for group in mg.comparisons(runs) if runs else []:
+                if kind is mg.TextRun:  # all but the training loss and what it writes
+                    rows = [[*row[:5], *row[6:8]] for row in mg.table_rows(group)]
+                else:  # all but the size and the paper's
+                    rows = [[row[0], *row[2:-1]] for row in synthetic.table_rows(group)]
+                for row in rows:
+                    is_ablation = name == "earlier" and row[2] == "1"  # of sines, n = 1
+                    assert is_ablation or f"| {' | '.join(row)} |" in TABLES
     shown = [line for line in README.splitlines() if line.startswith("|") and "±" in line]
     assert len(shown) > 3 and set(shown) <= set(TABLES.splitlines())
