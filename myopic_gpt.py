@@ -57,11 +57,12 @@ from tqdm import tqdm
 # ------------------------ arms and configuration
 # An arm of a comparison is three fields; all else, the start and the batches included, is the same.
 #   horizon  None: gradients travel freely; 0: not at all; h: h positions along each attention edge,
-#            n_layer * h in all, which is neither gradient; h >= T - 1 is the same as None
+#            so n_layer * h in all: neither vanilla's gradient nor the myopic one, but in between
 #   cut      when i reads k_j = W_K x_j, whose work is that?  "hidden": the reader's, so W_K and W_V
 #            learn from every reader (the paper); "kv": the writer's, so they learn from near ones
 #   past     keys and values of the past are made from the model's "own" states, from those of a
-#            "frozen" trained vanilla model, or are "zero"; the last two ignore horizon and cut
+#            "frozen" trained vanilla model (LocalMyopicGPT), or are "zero"; the last two ignore
+#            horizon and cut
 ARMS = {
     "vanilla": dict(horizon=None, cut="hidden", past="own"),
     "myopic": dict(horizon=0, cut="hidden", past="own"),
@@ -126,11 +127,11 @@ def heads(x, w, b, n_head):
 
 
 def attend(q, k, v):
-    """Torch's attention in a small graph of its own -> q, k, v, O, ready for autograd.grad.
-
-    Its hooks keep a caller's hooks (checkpointing) out of this graph. They save O detached: O
-    saved as it is would hold the graph that holds O, and nothing would ever be freed."""
+    """Torch's attention in a small graph of its own -> q, k, v, O, ready for autograd.grad."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    # A caller may have hooks on what a graph saves: checkpointing throws it away, to compute it
+    # again. This graph must not fall under them, so it has hooks of its own, which keep it all, but
+    # detached: O saved as it is would hold the graph that holds O, and nothing would be freed.
     hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved)
     with torch.enable_grad(), hooks:
         return q, k, v, F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -144,8 +145,8 @@ def mask_future(S):
 
 def log_sum_exp(q, k, out):
     """lse (B, nh, T): as the fused forward pass kept it for its own backward, or else computed."""
-    for name in ("_saved_logsumexp", "_saved_log_sumexp"):
-        if hasattr(out.grad_fn, name):  # some kernels pad it, some add an axis of one
+    for name in ("_saved_logsumexp", "_saved_log_sumexp"):  # of the flash kernel, of others
+        if hasattr(out.grad_fn, name):  # some pad it, some add an axis of one
             return getattr(out.grad_fn, name).flatten(2)[:, :, : q.size(2)]
     wide = torch.promote_types(q.dtype, torch.float32)
     S = q.to(wide) @ k.to(wide).mT / math.sqrt(q.size(-1))  # (B, nh, T, T)
@@ -205,9 +206,8 @@ class MyopicAttention(torch.autograd.Function):
         dq, dk, dv, dk_near, dv_near = every  # (B T, C)
 
         # the stop-gradient: a state of the past gets no loss but the near ones
-        # dx = dq W_Q + dk_near W_K + dv_near W_V
         w_q, w_k, w_v = w.chunk(3)  # (C, C)
-        dx = (dq @ w_q).addmm_(dk_near, w_k).addmm_(dv_near, w_v)  # (B T, C)
+        dx = dq @ w_q + dk_near @ w_k + dv_near @ w_v  # (B T, C)
 
         # the weights learn from every reader ("hidden"), or from the near ones ("kv")
         if ctx.cut == "kv":
@@ -232,7 +232,8 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     require(fits, f"x, w_qkv, b_qkv are {shapes}: make them (B, T, C), (3C, C), (3C,)")
     check_attention(C, n_head, horizon, cut)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if has_autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, w_qkv = x.to(dtype), w_qkv.to(dtype)
         b_qkv = None if b_qkv is None else b_qkv.to(dtype)
@@ -262,7 +263,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.config = config
 
-    def forward(self, x, past_x=None):
+    def forward(self, x, past_x=None):  # past_x: the "frozen" states, in their place
         w, b, arm = self.c_attn.weight, self.c_attn.bias, self.config
         if arm.past == "own":  # vanilla, too, goes through the backward pass by hand
             y = myopic_attention(x, w, b, self.n_head, arm.horizon, arm.cut)  # (B, T, C)
@@ -368,10 +369,10 @@ class GPT(nn.Module):
         require(top_k is None or top_k >= 1, f"top_k is {top_k}: give None, or 1 or more")
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1] / temperature  # (B, V)
+            logits = logits[:, -1].float() / temperature  # (B, V)
             if top_k is not None:
-                best, _ = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k)
-                logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
+                best, tokens = logits.topk(min(top_k, logits.size(-1)))  # (B, top_k)
+                logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, best)
             idx_next = logits.softmax(-1).multinomial(1)  # (B, 1)
             idx = torch.cat([idx, idx_next], dim=1)  # (B, T + 1)
         return idx
@@ -438,10 +439,25 @@ def windows_of(text, run, device):
     return tokens.unfold(0, T + 1, 1)
 
 
+def without_dropout(measure):
+    """A function of a model: the model evaluates meanwhile, then is as it was."""
+
+    @functools.wraps(measure)
+    def measured(model, *args):
+        was_training = model.training
+        model.eval()
+        try:
+            return measure(model, *args)
+        finally:
+            model.train(was_training)
+
+    return measured
+
+
 @torch.no_grad()
+@without_dropout
 def token_losses(model, windows, count):
-    """In nats, of `count` evenly spaced windows (n, T + 1), no dropout -> losses, y: (count, T)."""
-    model.eval()
+    """In nats, of `count` evenly spaced windows (n, T + 1) -> losses, y: (count, T)."""
     spaced = torch.linspace(0, len(windows) - 1, count, dtype=torch.float64).long()
     chosen = windows[spaced.to(windows.device)].long()  # (count, T + 1)
     at_once = max(1, 2**14 // windows.size(1))
@@ -483,7 +499,7 @@ class Run:
     muon_decay: float = setting(0.1, "Muon's weight decay")
     warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
     decay_from: float = setting(0.5, "share of the steps after which they fall", most=1)
-    grad_clip: float = setting(1.0, "largest norm of a gradient")
+    grad_clip: float = setting(1.0, "largest norm of a gradient; 0: any")
 
     def __post_init__(self):
         if self.n_head == 0:
@@ -589,7 +605,7 @@ def train(model, run, next_batch, after_step, report_progress):
     """Train the model in place. next_batch(step) -> (x, y) on its device; model(x, y) -> (_, loss).
 
     after_step(steps done) is called after each, report_progress(steps since the last report, text)
-    every ten. Raises UsageError if the loss is not finite."""
+    every ten. Raises UsageError if the loss is not finite. Leaves the model evaluating."""
     rise = run.warmup * run.max_iters
     fall = (1 - run.decay_from) * run.max_iters
 
@@ -598,12 +614,13 @@ def train(model, run, next_batch, after_step, report_progress):
 
     optimizers = configure_optimizers(model, run)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
+    model.train()
     for done in range(1, run.max_iters + 1):
         x, y = next_batch(done - 1)
-        model.train()  # after_step may have left it evaluating
         _, loss = model(x, y)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
+        if run.grad_clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             schedule.step()
@@ -614,6 +631,7 @@ def train(model, run, next_batch, after_step, report_progress):
             require(loss.isfinite(), f"{now} at step {done}: lower --learning_rate")
             report_progress(done % 10 or 10, now)
         after_step(done)
+    model.eval()
 
 
 # ------------------------ the experiment: one model of English
@@ -705,12 +723,13 @@ def train_text(text, run, device, report_progress):
 
 
 # ------------------------ instruments: whom the gradient serves, in any GPT
+@without_dropout
 def gradient_tables(model, x, y):
     """(L + 1, T, T): table l is of the state after l blocks, 0 the embedding.
 
     Entry (i, j): root mean square, over sequences and channels, of the gradient of the loss at i
     with respect to the state at j. One backward pass per row."""
-    states = model.eval().hidden_states(x)
+    states = model.hidden_states(x)
     losses = model.position_losses(states[-1], y)  # (B, T)
     rows = []
     for i in range(x.size(1)):
@@ -719,6 +738,7 @@ def gradient_tables(model, x, y):
     return torch.stack(rows, dim=1).cpu().numpy()
 
 
+@without_dropout
 def lag_shares(model, x, y):
     """How much of the gradient of a vanilla model's W_K and W_V comes from readers `lag` later.
 
@@ -726,7 +746,7 @@ def lag_shares(model, x, y):
     mean loss; so the shares of all lags add up to 1."""
     is_vanilla = model.config.horizon is None and model.config.past == "own"
     require(is_vanilla, "the split by lag is of all readers: give it a vanilla model")
-    states = model.eval().hidden_states(x)
+    states = model.hidden_states(x)
     loss = model.position_losses(states[-1], y).mean()
     d_states = torch.autograd.grad(loss, states[1:])  # L of (B, T, C)
     layers = []
@@ -740,20 +760,38 @@ def lag_shares(model, x, y):
         state = state + block.mlp(block.ln_2(state))
         (G,) = torch.autograd.grad(state, out, d_next, retain_graph=True)
 
-        # what the readers `lag` later want of W_K and W_V
+        # the gradients g of W_K and W_V: g = sum_j d_j x_j^T, d = dk or dv of all readers
         lse = log_sum_exp(q, k, out)
-        tensors = [t.detach() for t in (G, q, k, v, out)]
-        parts = []
+        tensors = [t.detach().to(lse.dtype) for t in (G, q, k, v, out)]
+        rows = x_l.flatten(0, 1).to(lse.dtype)  # (B T, C)
+        towards, norms = [], []
+        for d in torch.autograd.grad(out, (k, v), G):
+            g = merge_heads(d).flatten(0, 1).to(lse.dtype).T @ rows  # (C, C)
+            towards.append(split_heads((rows @ g.T).view_as(x_l), attn.n_head))  # g x_j
+            norms.append(g.square().sum() + 1e-30)
+
+        # <g_lag, g> = sum_j d_lag_j . (g x_j): no (C, C) matrix for each lag
+        shares = []
         for lag in range(x.size(1)):
-            dk, dv = lag_gradients(lag, *tensors, lse)
-            writers = x_l[:, : dk.size(2)].flatten(0, 1)  # (B (T - lag), C)
-            of_lag = [merge_heads(d).flatten(0, 1).T @ writers for d in (dk, dv)]
-            parts.append(torch.stack(of_lag))  # (2, C, C)
-        parts = torch.stack(parts)  # (T, 2, C, C)
-        whole = parts.sum(0)  # (2, C, C)
-        shares = (parts * whole).sum((2, 3)) / (whole.square().sum((1, 2)) + 1e-30)  # (T, 2)
-        layers.append(np.round(shares.T.tolist(), 4).tolist())
+            d_lag = lag_gradients(lag, *tensors, lse)  # dk, dv: (B, nh, T - lag, hs)
+            parts = zip(d_lag, towards, norms)
+            shares.append([((d * t[:, :, : d.size(2)]).sum() / n).item() for d, t, n in parts])
+        layers.append(np.round(shares, 4).T.tolist())
     return layers
+
+
+@contextlib.contextmanager
+def one_thread(device="cpu"):
+    """One thread: a run is the same on any number of cores, and small models are not slowed down.
+    TF32 on a GPU."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 # ------------------------ tables and figures
@@ -976,6 +1014,7 @@ def table_rows(runs, extra=()):
     return rows
 
 
+@one_thread()
 @matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
 def report(runs, folder):
     """The table; then the figures, of the largest model."""
@@ -1041,19 +1080,6 @@ def load_weights(model, run):
     for name, weight in model.state_dict().items():
         weight.copy_(torch.from_numpy(arrays[f"weights.{name}"]))
     return model.eval()
-
-
-@contextlib.contextmanager
-def one_thread(device):
-    """One thread, for a run to be the same on any number of cores; TF32 on a GPU."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
 def train_run(train_one, args, run, report_progress):

@@ -19,7 +19,10 @@ Morris, Levine (2024), arXiv 2404.00859, section 4.
 Shapes as in myopic_gpt.py; also L = n_layer, and K lookbacks i = 0 .. K-1.
 """
 
+import io
 import math
+import os
+import sys
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -32,6 +35,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+sys.path.append(os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import myopic_gpt as mg
 
 # random seeds: training draws from TRAINING + the run's seed
@@ -204,6 +208,7 @@ def fit_probe(states, targets):
     return read
 
 
+@mg.without_dropout
 def probe_model(model, run, count, device):
     """What a linear probe reads of sin(b x_{n-i}), held out and centred.
 
@@ -224,6 +229,7 @@ def probe_model(model, run, count, device):
 
 
 @torch.no_grad()
+@mg.without_dropout
 def patch(model, run, count, device):
     """Cause and effect: at one position n of each sequence, put in place of the state after block 1
     the one that the same model has there with another x. Answers i later that need the sine (z = 1)
@@ -250,6 +256,7 @@ def patch(model, run, count, device):
 
 
 @torch.no_grad()
+@mg.without_dropout
 def huber_losses(model, x, y, p):
     """Huber / p of the model and of (1 - z_n) x_n on the same sequences, and their ratio."""
     guess = torch.cat([model(part)[0] for part in x.split(512)])
@@ -260,6 +267,11 @@ def huber_losses(model, x, y, p):
 
 
 # ------------------------ one run
+def film_points(n):
+    """Which of n points of a curve have a frame in the film: every second, and the last."""
+    return sorted({*range(0, n, 2), n - 1})
+
+
 def train_sine(run, device, report_progress):
     """Train one model -> the model, the numbers of its record, arrays for pictures."""
     model = make_model(run).to(device)
@@ -280,8 +292,9 @@ def train_sine(run, device, report_progress):
             now = replace(run, b=b, p=p)
             part = sample_task(now, min(512, run.eval_sequences), EVALUATION, device)
             curve.append([done, huber_losses(model, *part, p)["ratio"]])
-            _, film_x, estimate = probe_model(model, now, 256, device)
-            film.append([film_x[:300], estimate[:300]])
+            if len(curve) % 2 == 1 or done == run.max_iters:  # see film_points
+                _, film_x, estimate = probe_model(model, now, 256, device)
+                film.append([film_x[:300], estimate[:300]])
 
     if run.arm == "vanilla":
         lag_share["start"] = mg.lag_shares(model, x[:128], y[:128])
@@ -402,28 +415,28 @@ def plot_sequence(path, runs):
 
 
 def plot_gradients(path, runs):
-    """Whom the gradient serves: vanilla's trained weights, the backward passes of three arms."""
+    """Whom the gradient serves: vanilla's trained weights, the backward passes of two arms."""
     (run,) = kept_of(runs, "vanilla")
-    x, y = sample_task(run, 64, EVALUATION + 6)
-    tables = {}
-    for arm in ("vanilla", "horizon_4", "myopic"):
+    x, y = sample_task(run, 16, EVALUATION + 6)
+    tables = []
+    for arm in TWO_ARMS:
         model = mg.load_weights(make_model(replace(run, arm=arm)), run)
-        tables[arm] = mg.gradient_tables(model, x, y)[0]  # (T, T)
+        tables.append(mg.gradient_tables(model, x, y)[0])  # (T, T)
 
-    fig = Figure(figsize=(10.8, 3.4), layout="constrained")
-    axes = fig.subplots(1, 3)
-    top = max(table.max() for table in tables.values())
-    for ax, (arm, table) in zip(axes, tables.items()):
-        shown = np.where(table > 0, table / top, np.nan)  # what is exactly zero stays white
+    fig = Figure(figsize=(7.6, 3.6), layout="constrained")
+    axes = fig.subplots(1, 2)
+    for ax, arm, table in zip(axes, TWO_ARMS, tables):
+        shown = np.where(table > 0, table / np.max(tables), np.nan)  # exactly zero stays white
         image = ax.imshow(shown, norm=LogNorm(1e-4, 1))
-        ax.set(title=mg.GLOSS.get(arm, arm), xlabel="position j")
+        ax.set(title=mg.GLOSS[arm], xlabel="position j")
+        ax.locator_params(integer=True)
     axes[0].set_ylabel("loss at position i")
     j = run.block_size // 3
     edge = dict(xytext=(0.25, 0.9), textcoords="axes fraction", fontsize=8)
     arrow = dict(arrowstyle="->")
     axes[0].annotate(f"last to need it: {run.a} later", (j, j + run.a), arrowprops=arrow, **edge)
-    fig.colorbar(image, ax=axes, label="gradient of loss i by the embedding at j")
-    fig.suptitle("Which losses pull at position j: all later ones, near ones, its own")
+    fig.colorbar(image, ax=axes, label="gradient of loss i by the state at j").minorticks_off()
+    fig.suptitle("Which losses pull at the state of position j: all later ones, its own")
     caption = f"white: exactly zero; vanilla's weights; p = {run.p:g}, a = {run.a}, seed {run.seed}"
     mg.save_figure(path, fig, caption)
 
@@ -431,35 +444,49 @@ def plot_gradients(path, runs):
 def plot_film(path, runs):
     """What the probe reads in layer 1 while both models train, and the losses."""
     kept = kept_of(runs, *TWO_ARMS)
-    films = [mg.read_arrays(run)["film"] for run in kept]  # each (frames, 2, 300)
-    grid = np.linspace(-2.5, 2.5, 400)
     fig = Figure(figsize=(8.4, 5), dpi=80, layout="constrained")
+    fig.suptitle(" ")
     axes = fig.subplots(2, 2)
+    for (top, low), run in zip(axes.T, kept):
+        top.set(title=mg.GLOSS[run.arm], xlabel="x", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
+        low.plot(*np.transpose(run.curve), color="#dddddd")
+        low.set(xlabel="training steps", ylim=(0, 1.3))
+    axes[0, 0].set_ylabel("read in layer 1\n(grey: the sine)")
+    axes[1, 0].set_ylabel("loss / trivial")
+
+    # what stands still is drawn once: a picture, behind what moves
+    still = io.BytesIO()
+    fig.savefig(still, format="rgba")
+    width, height = fig.canvas.get_width_height()
+    fig.set_layout_engine("none")
+    fig.figimage(np.frombuffer(still.getvalue(), np.uint8).reshape(height, width, 4), zorder=-1)
+    moving = []
+    for (top, low), run in zip(axes.T, kept):
+        top.set(title="")
+        top.set_axis_off()
+        low.set_axis_off()
+        colour, _, _ = mg.LOOKS[run.arm]
+        (sine,) = top.plot([], [], color="#bbbbbb", linewidth=1)
+        (read,) = top.plot([], [], ".", markersize=2, color=colour)
+        (so_far,) = low.plot([], [], color=colour)
+        now = low.axvline(0, color="#999999", linewidth=0.8)
+        curve = np.transpose(run.curve)  # (2, points): steps, losses
+        moving.append((mg.read_arrays(run)["film"], curve, sine, read, so_far, now))
+    title = fig.text(0.5, 0.99, "", ha="center", va="top")
+    grid, points = np.linspace(-2.5, 2.5, 400), film_points(len(kept[0].curve))
 
     def frame(n):
-        for (top, low), film, run in zip(axes.T, films, kept):
-            colour, _, _ = mg.LOOKS[run.arm]
-            step, _ = run.curve[n]
-            b, _, _ = curriculum(run, step)
-            top.clear()
-            low.clear()
-            top.plot(grid, np.sin(b * grid), color="#bbbbbb", linewidth=1)
-            top.plot(*film[n], ".", markersize=2, color=colour)
-            top.set(title=mg.GLOSS[run.arm], xlabel="x", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
-            low.plot(*np.transpose(run.curve), color="#dddddd")
-            low.plot(*np.transpose(run.curve[: n + 1]), color=colour)
-            low.axvline(step, color="#999999", linewidth=0.8)
-            low.set(xlabel="training steps", ylim=(0, 1.3))
-        axes[0, 0].set_ylabel("read in layer 1\n(grey: the sine)")
-        axes[1, 0].set_ylabel("loss / trivial")
-        fig.suptitle(f"step {step}: the sine is sin({b:.1f}·x)", fontsize=10)
+        step, _ = kept[0].curve[points[n]]
+        b, _, _ = curriculum(kept[0], step)
+        title.set_text(f"step {step}: the sine is sin({b:.1f}·x)")
+        for film, curve, sine, read, so_far, now in moving:
+            sine.set_data(grid, np.sin(b * grid))
+            read.set_data(*film[n])
+            so_far.set_data(*curve[:, : points[n] + 1])
+            now.set_xdata([step, step])
 
-    frame(0)
-    fig.draw_without_rendering()
-    fig.set_layout_engine("none")  # laid out once, not for every frame
-    last = len(films[0]) - 1
-    frames = [*range(0, last, 2), last, last, last, last]  # two seconds of the end
-    film = FuncAnimation(fig, frame, frames=frames, init_func=fig.draw_without_rendering)
+    frames = [*range(len(points)), *3 * [len(points) - 1]]  # two seconds of the end
+    film = FuncAnimation(fig, frame, frames=frames)
     mg.write_whole(path, lambda part: film.save(part, writer=PillowWriter(fps=2)))
 
 
@@ -494,6 +521,7 @@ def vanillas_probe(runs):
     return [run.probe_r2[1][0] for run in runs if run.arm == "vanilla"]
 
 
+@mg.one_thread()
 @matplotlib.style.context("default")  # as in myopic_gpt.py
 def report(runs, folder):
     """The table; then the figures, of the largest p and the largest model."""
