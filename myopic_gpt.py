@@ -16,8 +16,10 @@ Ordinary ("vanilla") training adds up # and +, myopic training only #. The forwa
 Positions talk only through attention's keys and values, so the difference is in the backward pass
 of one sublayer: MyopicAttention, below. Wu, Morris, Levine (2024), arXiv 2404.00859.
 
-    python myopic_gpt.py --preset demo                # four arms once, in seconds
-    python myopic_gpt.py                              # English, three seeds: minutes on two cores
+    python myopic_gpt.py --preset demo    # seconds; the gap: about half of the bigram's
+    python myopic_gpt.py                  # English, three seeds: minutes on two cores
+    python myopic_gpt.py --preset full    # four widths: hours of a core
+    python myopic_gpt.py --arm vanilla myopic --n_layer 2 --n_head 0 --n_embd 16 32
 
 Letters in shapes: B batch, T positions, C = n_embd channels, nh heads of size hs = C/nh, V tokens.
 The gradient of the loss with respect to X is called dX and has X's shape.
@@ -481,7 +483,7 @@ class Run:
 
     Raises UsageError for a value that a field cannot have."""
 
-    arm: str = setting("vanilla", ", ".join(ARMS), choices=ARMS)
+    arm: str = setting("vanilla", "see README; horizon_<h>, too", choices=ARMS)
     seed: int = setting(0, "of start and batches", most=2**32 - 1)
     block_size: int = setting(64, "positions per sequence, T", least=1)
     n_layer: int = setting(3, "blocks", least=1)
@@ -494,7 +496,9 @@ class Run:
     beta1: float = setting(0.9, "AdamW's", most=0.9999)
     beta2: float = setting(0.95, "AdamW's", most=0.9999)
     weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
-    muon: str = setting("all", "which of the blocks' matrices", choices=["all", "attn", "none"])
+    muon: str = setting(
+        "all", "the blocks' matrices: all, attn or none", choices=["all", "attn", "none"]
+    )
     muon_rate: float = setting(8e-3, "Muon's peak")
     muon_decay: float = setting(0.1, "Muon's weight decay")
     warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
@@ -508,11 +512,9 @@ class Run:
             value, limits = getattr(self, f.name), f.metadata
             if f.type is not str:
                 kind = "a whole number" if f.type is int else "a number"
-                fits = (
-                    isinstance(value, (int, f.type)) and limits["least"] <= value <= limits["most"]
-                )
-                wanted = f"give {kind} from {limits['least']} to {limits['most']:.10g}"
-                require(fits, f"{f.name} is {value}: {wanted}")
+                least, most = limits["least"], limits["most"]
+                fits = isinstance(value, (int, f.type)) and least <= value <= most
+                require(fits, f"{f.name} is {value}: give {kind} from {least} to {most:.10g}")
                 setattr(self, f.name, f.type(value))  # equal runs have one name: 1 is 1.0
             elif limits:
                 choices = ", ".join(limits["choices"])
@@ -832,11 +834,6 @@ def extra_settings(runs, *columns):
     return list(dict.fromkeys(names))
 
 
-def alike(runs, run, names):
-    """The runs that have these settings of `run`."""
-    return [other for other in runs if all(getattr(other, n) == getattr(run, n) for n in names)]
-
-
 def mean_sd(values, digits=3):
     """'0.210 ± 0.020': mean and standard deviation over seeds."""
     if len(values) == 0:
@@ -845,14 +842,16 @@ def mean_sd(values, digits=3):
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def print_table(title, header, rows, caption):
-    table = Table(title=title, caption=caption)
+def print_table(title, header, rows):
+    table = Table(
+        title=title, box=None, collapse_padding=True, pad_edge=False, title_justify="left"
+    )
     for name in header:
         table.add_column(name, overflow="fold")  # a narrow terminal must not cut a number
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 120
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    Console(width=width, markup=False, emoji=False, highlight=False).print("", table)
 
 
 def draw_arm(ax, arm, x, of_seeds):
@@ -887,65 +886,25 @@ def draw(plot, path, *data):
         print(f"no {path.name}: {error}")
 
 
-def plot_lags(path, runs, last):
-    """Whom vanilla's W_V serves, by lag; in words: all later readers, and the next `last`."""
+def plot_lags(path, runs, readers, last):
+    """Whom W_V of vanilla's last layer serves, by lag; in words: the readers, up to lag `last`."""
     shares = [run.lag_share for run in runs if run.arm == "vanilla"]
     require(shares, "it takes vanilla")
-    untrained = np.array([share["start"] for share in shares])[:, :, 1]  # W_V's: (seeds, L, T)
-    trained = np.array([share["end"] for share in shares])[:, :, 1]
-    _, layers, T = trained.shape
+    T = runs[0].block_size
+    trained = [share["end"][-1][1] for share in shares]  # (seeds, T)
     by_count = (T - np.arange(T)) / (T * (T + 1) / 2)  # (T,) T - lag pairs are `lag` apart
 
-    # a panel for each layer
-    fig = Figure(figsize=(3.6 * layers, 3), layout="constrained")
-    (axes,) = fig.subplots(1, layers, sharey=True, squeeze=False)
-    for layer, ax in enumerate(axes):
-        ax.plot(by_count, "k--", linewidth=1, label="by counting terms")
-        draw_arm(ax, "untrained", range(T), untrained[:, layer])
-        draw_arm(ax, "vanilla", range(T), trained[:, layer])
-        ax.set(title=f"layer {layer + 1}", xlabel="lag: reader − writer", xlim=(-0.5, T / 2))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylabel("share of W_V's gradient")
-
-    # the finding, in numbers
-    finding = []
-    for name, stop in (("later positions", T), (f"the next {last}", last + 1)):
-        share = mean_sd(100 * trained[:, -1, 1:stop].sum(1), 0)
-        counted = 100 * by_count[1:stop].sum()
-        finding.append(f"{name} give {share} % (by counting {counted:.0f} %)")
-    fig.suptitle(f"Of the last layer's W_V gradient\n{', '.join(finding)}", fontsize=11)
+    fig = Figure(figsize=(7, 3.2), layout="constrained")
+    ax = fig.subplots()
+    ax.plot(by_count, "k--", linewidth=1, label="if all pairs weighed the same")
+    draw_arm(ax, "untrained", range(T), [share["start"][-1][1] for share in shares])
+    draw_arm(ax, "vanilla", range(T), trained)
+    ax.set(xlabel="lag: reader − writer", ylabel="share of W_V's gradient", xlim=(-0.5, T / 2))
+    ax.locator_params(axis="x", integer=True)
+    share = mean_sd([100 * sum(of_seed[1 : last + 1]) for of_seed in trained], 0)
+    counted = f"{100 * by_count[1 : last + 1].sum():.0f} % if all pairs weighed the same"
+    fig.suptitle(f"{readers}: {share} % of the last layer's W_V gradient\n({counted})", fontsize=11)
     save_figure(path, fig, f"shares add up to 1, and may be negative; {seeds_of(runs)}")
-
-
-def plot_sizes(path, runs, finding, panels):
-    """panels: {ylabel: f(runs of one size) -> value of each seed}. A line joins a depth's sizes,
-    the smallest first.
-
-    The title is the finding, in numbers of the first panel's ends."""
-    fig = Figure(figsize=(7 if len(panels) == 1 else 10, 3.4), layout="constrained")
-    (axes,) = fig.subplots(1, len(panels), squeeze=False)
-    ends = []
-    for ax, (ylabel, of_size) in zip(axes, panels.items()):
-        lines, ticks = {}, {}
-        for group in comparisons(runs):
-            size, n_params, values = group[0].size, group[0].n_params, of_size(group)
-            require(values, f"{size} has nothing to show; see the table")
-            ax.plot([n_params] * len(values), values, "k.", markersize=4)  # the seeds
-            lines.setdefault(group[0].n_layer, []).append((n_params, np.mean(values)))
-            ticks[n_params] = f"{size}\n{n_params / 1000:.0f}k"
-            if ax is axes[0]:
-                ends.append(f"{mean_sd(values, 1)} % at {size}")
-        for (depth, points), line in zip(lines.items(), ("-", "--", ":", "-.") * len(lines)):
-            ax.plot(*zip(*points), line, color="#0072B2", marker="o", label=f"{depth} layers")
-        ax.axhline(0, color="#999999", linewidth=0.8)
-        ax.set(xscale="log", xlabel="layers x channels, parameters", ylabel=ylabel)
-        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
-        ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=8)
-    fig.suptitle(f"{finding} {ends[0]}, {ends[-1]}", fontsize=11)
-    run = runs[0]
-    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size}"
-    save_figure(path, fig, f"{steps}; dots: seeds, lines: their means")
 
 
 # ------------------------ figures and table of English
@@ -962,24 +921,33 @@ def shares_of_bigram(runs, arm):
     return [100 * own[seed] / bigram[seed] for seed in own if bigram.get(seed, 0) > 0.1]
 
 
-def about(runs):
-    """What the runs have in common, for captions."""
-    run = runs[0]
-    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes"
-    return f"{steps}; {seeds_of(runs)}"
+def steps_needed(runs, arm):
+    """In % of the steps: when vanilla of the same seed comes to the arm's last loss, by its curve;
+    [] if it does not. A curve begins after a tenth of the steps."""
+    vanilla, needed = {run.seed: run for run in runs if run.arm == "vanilla"}, []
+    for run in runs:
+        if run.arm == arm and run.seed in vanilla:
+            steps, _, losses = np.transpose(vanilla[run.seed].curve)
+            best = np.minimum.accumulate(losses)
+            if run.val_loss < best[-1]:
+                return []
+            needed.append(100 * np.interp(-run.val_loss, -best, steps) / steps[-1])
+    return needed
 
 
 def plot_gaps(path, runs):
     """The arms' gaps while training, and by position in bins that double: 0, 1, 2-3, 4-7, ..."""
     # the bins, and when the curves were measured
-    T = runs[0].block_size
+    run, T = runs[0], runs[0].block_size
     starts = [0, *2 ** np.arange((T - 1).bit_length())]
     widths = np.diff([*starts, T])
-    steps = [point[0] for point in runs[0].curve]
+    steps = [point[0] for point in run.curve]
 
     # a line for each arm
-    fig = Figure(figsize=(10, 3.2), layout="constrained")
-    left, right = fig.subplots(1, 2)
+    fig = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = fig.subplots(1, 2, sharey=True)
+    for ax in (left, right):
+        ax.axhline(0, color=LOOKS["vanilla"][0], label="vanilla")
     ends = []
     for arm in group_by(runs, "arm"):
         at_end = list(gaps(runs, arm).values())
@@ -995,21 +963,47 @@ def plot_gaps(path, runs):
     right.set(title="by position, in bins that double", xlabel="position in the window, from")
     right.set_xticks(range(len(starts)), starts)
     fig.suptitle(f"The gap at the end: {', '.join(ends)} nats", fontsize=10)
-    save_figure(path, fig, about(runs))
+    caption = f"{run.size}, {run.max_iters} steps of {run.batch_size} × {T} bytes; {seeds_of(runs)}"
+    save_figure(path, fig, caption)
+
+
+def plot_sizes(path, runs):
+    """Myopia's share of what context is worth, against size; a line joins a depth's models."""
+    fig = Figure(figsize=(7, 3.4), layout="constrained")
+    ax = fig.subplots()
+    lines, ticks, ends = {}, {}, []
+    for group in comparisons(runs):  # the smallest first
+        run, shares = group[0], shares_of_bigram(group, "myopic")
+        require(shares, f"{run.size} has no share of the bigram's gap")
+        ax.plot([run.n_params] * len(shares), shares, "k.", markersize=4)  # the seeds
+        lines.setdefault(run.n_layer, []).append((run.n_params, np.mean(shares)))
+        ticks[run.n_params] = f"{run.size}\n{run.n_params / 1000:.0f}k"
+        ends.append(f"{mean_sd(shares, 1)} % at {run.size}")
+    for (depth, points), style in zip(lines.items(), itertools.cycle(["o-", "s--", "^:", "v-."])):
+        ax.plot(*zip(*points), style, color="#666666", label=f"{depth} layers")
+    ax.axhline(0, color="#999999", linewidth=0.8)
+    ax.set(xscale="log", xlabel="layers x channels, parameters", ylabel="gap, % of bigram's")
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
+    fig.suptitle(f"Of what context is worth, myopia costs {ends[0]}, {ends[-1]}", fontsize=11)
+    save_figure(path, fig, f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes")
+
+
+COLUMNS = ["size", "params", "training", "seeds", "loss", "gap", "% of bigram", "needs"]
 
 
 def table_rows(runs, extra=()):
-    """-> a row for each comparison and arm; the last cell is what the first seed's model writes."""
+    """-> a row for each comparison and arm: the extra settings, then COLUMNS."""
     rows = []
     for of_case in comparisons(runs):
         for arm, group in group_by(of_case, "arm").items():
             row = [f"{getattr(group[0], name)}" for name in extra]
             row += [group[0].size, f"{group[0].n_params:,}", arm, f"{len(group)}"]
             row.append(mean_sd([run.val_loss for run in group]))
-            row.append(mean_sd([run.train_loss for run in group]))
             row.append(mean_sd(list(gaps(of_case, arm).values())))
             row.append(mean_sd(shares_of_bigram(of_case, arm), 1))
-            row.append("".join(c if c.isprintable() else " " for c in group[0].sample))
+            row.append(mean_sd(steps_needed(of_case, arm), 0))
             rows.append(row)
     return rows
 
@@ -1017,23 +1011,26 @@ def table_rows(runs, extra=()):
 @one_thread()
 @matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
 def report(runs, folder):
-    """The table; then the figures, of the largest model."""
+    """The table; then the figures, of the largest model; then the result in a sentence."""
     runs = sorted(runs, key=attrgetter("n_params"))
     extra = extra_settings(runs, "size")
-    header = [*extra, "size", "parameters", "arm", "n", "val loss", "train loss", "gap"]
-    header += ["% of bigram's gap", "writes"]
-    caption = "nats per byte; n seeds; gap: loss − vanilla's of the same seed"
-    print_table("English", header, table_rows(runs, extra), caption)
-
+    print_table("English, nats per byte", [*extra, *COLUMNS], table_rows(runs, extra))
+    print("gap: loss − vanilla's of the same seed; needs: % of its steps that vanilla needs for it")
     *_, largest = comparisons(runs)
+    for arm, group in group_by(largest, "arm").items():
+        print(f"{arm} writes:", "".join(c if c.isprintable() else " " for c in group[0].sample))
+
     draw(plot_gaps, folder / "text_gaps.png", largest)
-    draw(plot_lags, folder / "text_lags.png", largest, 4)
-    sizes = alike(runs, largest[0], extra)
+    readers = "All later readers", runs[0].block_size
+    draw(plot_lags, folder / "text_lags.png", largest, *readers)
+    sizes = [run for run in runs if all(getattr(run, n) == getattr(largest[0], n) for n in extra)]
     if len(sizes) > len(largest):
-        panels = {"myopia gap (% of bigram's)": lambda group: shares_of_bigram(group, "myopic")}
-        finding = "Of what context is worth, myopia costs"
-        draw(plot_sizes, folder / "text_size.png", sizes, finding, panels)
-    print(f"open {folder / 'text_gaps.png'} first")
+        draw(plot_sizes, folder / "text_size.png", sizes)
+    share = shares_of_bigram(largest, "myopic")
+    if share:
+        cost = f"{mean_sd(share, 1)} % of what context is worth"
+        print(f"At {largest[0].size} myopic training loses {cost}: the gap in % of bigram's.")
+    print(f"Open {folder / 'text_gaps.png'} first.")
 
 
 # ------------------------ from here on: running many of them
@@ -1069,7 +1066,8 @@ def read_arrays(run):
     """{name: array} of a finished run, weights included. Raises UsageError if they are not there:
     those of the first seed of a command are kept, not the others'."""
     try:
-        return dict(np.load(run.npz))
+        with np.load(run.npz) as arrays:
+            return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"it takes what is kept of {run.npz.stem}: {error}") from error
 
@@ -1089,9 +1087,9 @@ def train_run(train_one, args, run, report_progress):
         model, numbers, arrays = train_one(run, args.device, report_progress)
     ended = f"{run.arm:>12}, seed {run.seed}: {run.headline} {numbers[run.headline]:.3f}"
 
-    machine = (
-        f"{torch.cuda.get_device_name()}, TF32" if args.device == "cuda" else platform.machine()
-    )
+    machine = platform.machine()
+    if args.device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, TF32"
     made_by = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=run.code)
     made_by["n_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     made_by["seconds"] = round(time.time() - start, 1)
@@ -1162,7 +1160,8 @@ def train_missing(train_one, runs, args):
     todo = [run for run in runs if args.fresh or run.name() not in found]
     if args.plot_only:
         todo = []
-    print(f"{args.out_dir}: {len(runs)} runs, {len(todo)} of them to train")
+    recorded = sum(run.name() in found for run in runs)
+    print(f"{args.out_dir}: {recorded} of {len(runs)} runs are recorded, {len(todo)} to train")
 
     if todo:
         folder = args.out_dir / "runs"
@@ -1208,19 +1207,8 @@ def parse_flags(doc, run_class, presets, argv, more):
     for f in fields(run_class):
         values = preset.get(f.name, f.default)
         settings[f.name] = values if isinstance(values, list) else [values]
-    lines = [
-        "settings of a run, each a flag of one or more values; the runs are their combinations:"
-    ]
-    for f in fields(run_class):
-        if f.metadata:
-            defaults = " ".join(map(str, settings[f.name]))
-            lines.append(f"  --{f.name:<15} {f.metadata['help']} ({defaults})")
-
-    commands = [line for line in doc.splitlines() if line.startswith("    python ")] if doc else []
     parser = argparse.ArgumentParser(
         parents=[first],
-        description="\n".join(commands),
-        epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **quiet,
     )
@@ -1233,10 +1221,16 @@ def parse_flags(doc, run_class, presets, argv, more):
     add("--plot_only", action="store_true", help="train nothing, draw what is recorded")
     for flag, how in more.items():
         add(flag, **how)
+    lines = ["settings, each a flag of one or more values; the runs are all combinations:"]
     for f in fields(run_class):
         if f.metadata:
-            how = dict(type=f.type, nargs="+", default=settings[f.name], help=argparse.SUPPRESS)
+            values = settings[f.name]
+            how = dict(type=f.type, nargs="+", default=values, help=argparse.SUPPRESS)
             add(f"--{f.name}", choices=f.metadata["choices"], **how)
+            lines.append(f"  --{f.name:<15} {f.metadata['help']} ({' '.join(map(str, values))})")
+    parser.epilog = "\n".join(lines)
+    words = (doc or "").splitlines()  # python -OO has no docstrings
+    parser.description = "\n".join(line for line in words if line.startswith("    python "))
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or Path("out", args.preset)
     if args.jobs is None:

@@ -7,9 +7,9 @@ not take `a` sines first. A model of two layers can do it if the MLP of layer 1 
 every position n, although n itself has no use for it, and layer 2 adds up what lies ready. That is
 pre-caching: it takes gradient from later losses, and myopic training stops that.
 
-    python synthetic.py --preset demo        # an easy sine: vanilla learns it, myopic does not
-    python synthetic.py                      # the paper's sine, a small model: minutes on two cores
-    python synthetic.py --preset full        # the paper's task and model, four values of p
+    python synthetic.py --preset demo  # an easy sine: vanilla learns it, myopic not
+    python synthetic.py                # the paper's sine, a small model: minutes
+    python synthetic.py --preset full  # the paper's task and model, four p: hours
 
 Evidence: (1) the loss, beside that of the predictor (1 - z_n) x_n; (2) a linear probe that reads
 sin(b x_{n-i}) out of the residual stream, beside the same probe before training; (3) exchange the
@@ -338,6 +338,10 @@ def plot_evidence(path, runs):
     run, bars, ends = runs[0], {}, []
     fig = Figure(figsize=(9.6, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2)
+    begin, end = run.b_hold * run.max_iters, run.b_full * run.max_iters
+    left.axvspan(begin, end, color="#eeeeee", zorder=0)
+    where = dict(transform=left.get_xaxis_transform(), ha="center", fontsize=8)
+    left.text((begin + end) / 2, 0.8, f"b rises from {run.b_start:g} to {run.b:g}", **where)
     for arm, group in mg.group_by(runs, "arm").items():
         steps = [step for step, _ in group[0].curve]
         mg.draw_arm(left, arm, steps, [[ratio for _, ratio in run.curve] for run in group])
@@ -355,8 +359,7 @@ def plot_evidence(path, runs):
     right.set_xticks(range(len(bars)), list(bars))
     right.set(ylabel="R² of the probe", ylim=(-0.02, 1))
     right.set_title(f"sin({run.b:g}·x) in layer 1, where no answer needs it", fontsize=10)
-    task = f"loss of the task that training is at: b rises from {run.b_start:g} to {run.b:g}"
-    mg.save_figure(path, fig, f"{about(runs)}\n{task}")
+    mg.save_figure(path, fig, f"{about(runs)}\nloss: of the task that training is at")
 
 
 def plot_patch(path, runs):
@@ -498,8 +501,12 @@ def main_numbers(run):
     return run.huber_over_p, run.ratio, probe, untrained, inside
 
 
+COLUMNS = ["p", "size", "training", "seeds", "Huber/p", "paper's", "ratio"]
+COLUMNS += ["probe R²", "untrained", "slope"]
+
+
 def table_rows(runs, extra=()):
-    """-> a row for each comparison and arm; the last cell is the paper's Huber / p."""
+    """-> a row for each comparison and arm: the extra settings, then COLUMNS."""
     rows = []
     for of_case in mg.comparisons(runs):
         for arm, group in mg.group_by(of_case, "arm").items():
@@ -508,17 +515,9 @@ def table_rows(runs, extra=()):
             paper = PAPER.get(arm, {}).get(run.p, "-") if is_papers else "-"
             row = [f"{getattr(run, name)}" for name in extra]
             row += [f"{run.p:g}", run.size, arm, f"{len(group)}"]
-            row += map(mg.mean_sd, zip(*map(main_numbers, group)))
-            rows.append([*row, f"{paper}"])
+            huber, *others = [mg.mean_sd(values) for values in zip(*map(main_numbers, group))]
+            rows.append([*row, huber, f"{paper}", *others])
     return rows
-
-
-def gap_percent(runs):
-    return [100 * gap for gap in mg.gaps(runs, "myopic", "ratio").values()]
-
-
-def vanillas_probe(runs):
-    return [run.probe_r2[1][0] for run in runs if run.arm == "vanilla"]
 
 
 @mg.one_thread()
@@ -527,25 +526,23 @@ def report(runs, folder):
     """The table; then the figures, of the largest p and the largest model."""
     runs = sorted(runs, key=attrgetter("p", "n_params"))
     extra = mg.extra_settings(runs, "p", "size")
-    header = [*extra, "p", "size", "arm", "n", "Huber/p", "ratio"]
-    header += ["probe R²", "untrained", "slope", "paper"]
-    caption = "mean ± standard deviation over n seeds; probe: layer 1, its own sine, held out"
-    mg.print_table("Pre-caching", header, table_rows(runs, extra), caption)
-
+    header, rows = [*extra, *COLUMNS], table_rows(runs, extra)
+    mg.print_table("Who learns it", header[:-3], [row[:-3] for row in rows])
+    inside = [row[:-6] + row[-3:] for row in rows]
+    mg.print_table("What layer 1 holds", header[:-6] + header[-3:], inside)
     *_, shown = mg.comparisons(runs)
+    readers = f"The next {shown[0].a} readers", shown[0].a
     mg.draw(plot_evidence, folder / "precache.png", shown)
     mg.draw(plot_patch, folder / "precache_patch.png", shown)
-    mg.draw(mg.plot_lags, folder / "precache_lags.png", shown, shown[0].a)
-    sizes = mg.alike(runs, shown[0], ["p", *extra])
-    if len(sizes) > len(shown):
-        panels = {"myopia gap (% of trivial loss)": gap_percent}
-        panels["R² of the probe, vanilla"] = vanillas_probe
-        finding = "Of the trivial predictor's loss, myopia costs"
-        mg.draw(mg.plot_sizes, folder / "precache_size.png", sizes, finding, panels)
+    mg.draw(mg.plot_lags, folder / "precache_lags.png", shown, *readers)
     mg.draw(plot_sequence, folder / "precache_sequence.png", shown)
     mg.draw(plot_gradients, folder / "precache_gradients.png", shown)
     mg.draw(plot_film, folder / "precache.gif", shown)
-    print(f"open {folder / 'precache.png'} first")
+    ratios = []
+    for arm, group in mg.group_by(shown, "arm").items():
+        ratios.append(f"{arm} {np.mean([run.ratio for run in group]):.2f}")
+    print(f"Loss, if 1 is that of a guess without sines: {', '.join(ratios)}.")
+    print(f"Open {folder / 'precache.png'} first.")
 
 
 # ------------------------ main
