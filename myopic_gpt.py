@@ -197,15 +197,15 @@ class MyopicAttention(torch.autograd.Function):
         x, w, q, k, v, out = ctx.saved_tensors
         G = split_heads(dy, ctx.n_head)  # (B, nh, T, hs)
 
-        # what every reader wants, and what the near ones want; the graph stays, for lse and for a
-        # second backward pass
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), G, retain_graph=True)
+        # what every reader wants; the graph stays, for lse and for a second backward pass
+        every = torch.autograd.grad(out, (q, k, v), G, retain_graph=True)
+        dq, dk, dv = [merge_heads(d).flatten(0, 1) for d in every]  # (B T, C)
+
+        # what the near ones want
         dk_near, dv_near = dk, dv
         if ctx.horizon is not None:
-            lse = log_sum_exp(q, k, out)
-            dk_near, dv_near = near_gradients(G, q, k, v, out, lse, ctx.horizon)
-        every = [merge_heads(d).flatten(0, 1) for d in (dq, dk, dv, dk_near, dv_near)]
-        dq, dk, dv, dk_near, dv_near = every  # (B T, C)
+            near = near_gradients(G, q, k, v, out, log_sum_exp(q, k, out), ctx.horizon)
+            dk_near, dv_near = [merge_heads(d).flatten(0, 1) for d in near]  # (B T, C)
 
         # the stop-gradient: a state of the past gets no loss but the near ones
         w_q, w_k, w_v = w.chunk(3)  # (C, C)
@@ -679,7 +679,8 @@ class LocalMyopicGPT(GPT):
 def train_text(text, run, device, report_progress):
     """Train one model of load_text's bytes -> the model, the numbers of its record, arrays."""
     windows, held_out = [windows_of(part, run, device) for part in text]  # (n, T + 1), (m, T + 1)
-    few = held_out[:: 1 + len(held_out) // 32].long()  # (32 or less, T + 1)
+    n = max(1, min(32, 2048 // run.block_size))  # no more memory than training takes
+    few = held_out[:: 1 + len(held_out) // n].long()  # (n or less, T + 1)
 
     # every arm has the same weights at the start, and the same batches
     config = run.config(vocab_size=256)

@@ -38,6 +38,21 @@ from matplotlib.figure import Figure
 sys.path.append(os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import myopic_gpt as mg
 
+
+# ------------------------ the task
+def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0):
+    """Draw sequences of D_p: x (B, T, 2), x[..., 0] = x_n and x[..., 1] = z_n, and y (B, T).
+
+    y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n; terms before position 0 are 0. x_std, the
+    standard deviation of x, is for a curriculum. Source: Wu, Morris, Levine (2024), section 4.1."""
+    x = x_std * torch.randn(batch_size, seq_len, generator=generator)  # (B, T)
+    z = (torch.rand(batch_size, seq_len, generator=generator) < p).float()
+    sines = F.pad(torch.sin(b * x), (a, 0))[:, :-1]  # (B, a + T - 1)
+    y = z * sines.unfold(1, a, 1).sum(-1) + (1 - z) * x  # (B, T)
+    return torch.stack([x, z], dim=-1), y
+
+
+# ------------------------ a run
 # random seeds: training draws from TRAINING + the run's seed
 TRAINING, EVALUATION = 1_000, 10_000
 
@@ -47,7 +62,6 @@ def lookbacks(T):
     return min(16, T // 2)
 
 
-# ------------------------ a run
 @dataclass
 class SineRun(mg.Run):
     """A run on the sine task. Training starts with an easier one (see curriculum) in every arm."""
@@ -100,19 +114,7 @@ PAPER = {
 }
 
 
-# ------------------------ the task and the model
-def sample_batch(batch_size, seq_len, p, a=10, b=10.0, generator=None, x_std=1.0):
-    """Draw sequences of D_p: x (B, T, 2), x[..., 0] = x_n and x[..., 1] = z_n, and y (B, T).
-
-    y_n = z_n sum_{i=1..a} sin(b x_{n-i}) + (1 - z_n) x_n; terms before position 0 are 0. x_std, the
-    standard deviation of x, is for a curriculum. Source: Wu, Morris, Levine (2024), section 4.1."""
-    x = x_std * torch.randn(batch_size, seq_len, generator=generator)  # (B, T)
-    z = (torch.rand(batch_size, seq_len, generator=generator) < p).float()
-    sines = F.pad(torch.sin(b * x), (a, 0))[:, :-1]  # (B, a + T - 1)
-    y = z * sines.unfold(1, a, 1).sum(-1) + (1 - z) * x  # (B, T)
-    return torch.stack([x, z], dim=-1), y
-
-
+# ------------------------ how it is taught, and the model
 def sample_task(run, count, seed, device="cpu"):
     """`count` sequences of the run's own task; the same for the same seed, on any device."""
     generator = torch.Generator().manual_seed(seed)
@@ -209,23 +211,29 @@ def fit_probe(states, targets):
 
 
 @mg.without_dropout
-def probe_model(model, run, count, device):
-    """What a linear probe reads of sin(b x_{n-i}), held out and centred.
+def fit_probes(model, run, count, device):
+    """For each layer, 0 the embedding, l that after block l: a function that reads sin(b x_{n-i})
+    in states (rows, C) -> (rows, K). Fitted on `count` sequences of their own."""
+    x, _ = sample_task(run, count, EVALUATION + 1, device)
+    states, past = probe_rows(model, x)
+    return [fit_probe(X, torch.sin(run.b * past)) for X in states]
 
-    -> R^2 [layer][lookback], layer 0 the embedding, l that after block l; then for layer 1 and the
-    position's own x: x (rows,), estimate (rows,)."""
-    fit_x, _ = sample_task(run, count // 2, EVALUATION + 1, device)
-    test_x, _ = sample_task(run, count // 2, EVALUATION + 2, device)
-    states, past = probe_rows(model, fit_x)
-    test_states, test_past = probe_rows(model, test_x)
-    truth = torch.sin(run.b * test_past)  # (rows, K)
+
+@mg.without_dropout
+def probe_model(model, run, count, device):
+    """What linear probes read of sin(b x_{n-i}), held out and centred.
+
+    -> R^2 [layer][lookback]; then for layer 1 and the position's own x: x (rows,), estimate
+    (rows,)."""
+    x, _ = sample_task(run, count // 2, EVALUATION + 2, device)
+    states, past = probe_rows(model, x)
+    truth = torch.sin(run.b * past)  # (rows, K)
     variance = (truth - truth.mean(0)).square().sum(0)  # (K,)
     r2, estimates = [], []
-    for X, test_X in zip(states, test_states):
-        estimate = fit_probe(X, torch.sin(run.b * past))(test_X)  # (rows, K)
-        r2.append((1 - (truth - estimate).square().sum(0) / variance).tolist())
-        estimates.append(estimate)
-    return r2, test_past[:, 0].numpy(), estimates[1][:, 0].numpy()
+    for X, read in zip(states, fit_probes(model, run, count // 2, device)):
+        estimates.append(read(X))
+        r2.append((1 - (truth - estimates[-1]).square().sum(0) / variance).tolist())
+    return r2, past[:, 0].numpy(), estimates[1][:, 0].numpy()
 
 
 @torch.no_grad()
@@ -381,9 +389,10 @@ def plot_sequence(path, runs):
     """One sequence, position by position: what layer 1 carries, what each answer needs and gets."""
     kept = kept_of(runs, *TWO_ARMS)
     run = kept[0]
-    x, y = sample_task(run, 512, EVALUATION + 5)
-    sines = torch.sin(run.b * x[..., 0])  # (512, T)
-    n = np.arange(min(20, run.block_size))
+    x, y = sample_task(run, 1, EVALUATION + 5)
+    sines = torch.sin(run.b * x[..., 0])  # (1, T)
+    first = lookbacks(run.block_size) - 1  # the probe is fitted from here on
+    n = np.arange(first, min(first + 20, run.block_size))
 
     # true values as bars, those of the models as dots
     fig = Figure(figsize=(10, 4.6), layout="constrained")
@@ -393,17 +402,17 @@ def plot_sequence(path, runs):
     for of_arm in kept:
         colour, _, marker = mg.LOOKS[of_arm.arm]
         model = mg.load_weights(make_model(of_arm), of_arm)
+        _, read, *_ = fit_probes(model, run, 512, "cpu")
         with torch.no_grad():
-            state = model.hidden_states(x)[1].double()  # (512, T, C)
-            answer, _ = model(x[:1])  # (1, T)
-        read = fit_probe(state[1:].flatten(0, 1), sines[1:].flatten()[:, None].double())
-        top.plot(n, read(state[0])[n, 0], marker, color=colour, label=f"read in {of_arm.arm}")
+            state = model.hidden_states(x)[1][0].double()  # (T, C)
+            answer, _ = model(x)  # (1, T)
+        top.plot(n, read(state)[n, 0], marker, color=colour, label=f"read in {of_arm.arm}")
         low.plot(n, answer[0, n], marker, color=colour, label=of_arm.arm)
 
-    # bracket the sines that one answer adds up
-    asked = [i for i in n if x[0, i, 1] == 1 and i >= run.a]
+    # shade the largest answer and the sines that it adds up
+    asked = [i for i in n if x[0, i, 1] == 1 and i - run.a >= first]
     if asked:
-        last = asked[-1]
+        last = max(asked, key=lambda i: y[0, i].abs())
         top.axvspan(last - run.a - 0.5, last - 0.5, color="#ffe9a8", zorder=0)
         low.axvspan(last - 0.5, last + 0.5, color="#ffe9a8", zorder=0)
         where = dict(transform=low.get_xaxis_transform(), ha="right", va="top", fontsize=8)
