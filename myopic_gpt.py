@@ -963,6 +963,7 @@ def plot_gaps(path, runs):
     left.set(title="while training", xlabel="training steps", ylabel="loss − vanilla's (nats)")
     right.set(title="by position, in bins that double", xlabel="position in the window, from")
     right.set_xticks(range(len(starts)), starts)
+    right.get_legend().remove()  # as on the left
     fig.suptitle(f"The gap at the end: {', '.join(ends)} nats", fontsize=10)
     caption = f"{run.size}, {run.max_iters} steps of {run.batch_size} × {T} bytes; {seeds_of(runs)}"
     save_figure(path, fig, caption)
