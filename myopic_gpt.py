@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import connection
 from operator import attrgetter
@@ -905,7 +906,8 @@ def plot_lags(path, runs, readers, last):
     share = mean_sd([100 * sum(of_seed[1 : last + 1]) for of_seed in trained], 0)
     counted = f"{100 * by_count[1 : last + 1].sum():.0f} % if all pairs weighed the same"
     fig.suptitle(f"{readers}: {share} % of the last layer's W_V gradient\n({counted})", fontsize=11)
-    save_figure(path, fig, f"shares add up to 1, and may be negative; {seeds_of(runs)}")
+    size = f"{runs[0].kind} {runs[0].size}, T = {T}; {seeds_of(runs)}"
+    save_figure(path, fig, f"vanilla; shares add up to 1, and may be negative; {size}")
 
 
 # ------------------------ figures and table of English
@@ -989,7 +991,8 @@ def plot_sizes(path, runs):
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
     fig.suptitle(f"Of what context is worth, myopia costs {ends[0]}, {ends[-1]}", fontsize=11)
-    save_figure(path, fig, f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes")
+    steps = f"{run.max_iters} steps of {run.batch_size} × {run.block_size} bytes"
+    save_figure(path, fig, f"{steps}; dots: seeds, lines: a depth's means")
 
 
 COLUMNS = ["size", "params", "training", "seeds", "loss", "gap", "% of bigram", "needs"]
@@ -1070,7 +1073,7 @@ def read_arrays(run):
     try:
         with np.load(run.npz) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"it takes what is kept of {run.npz.stem}: {error}") from error
 
 

@@ -9,11 +9,14 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -30,7 +33,9 @@ import synthetic
 torch.set_num_threads(1)  # the tensors here are tiny: more threads would only wait for each other
 ROOT = Path(mg.__file__).parent
 README, TABLES = ((ROOT / name).read_text("utf-8") for name in ("README.md", "results/README.md"))
-TINY = "--preset demo --max_iters 4 --n_embd 8 --block_size 8 --device cpu --jobs 1 --data text "
+TINY = {synthetic: "--preset demo --max_iters 4 --n_embd 8 --block_size 8 --device cpu --jobs 1"}
+TINY[mg] = f"{TINY[synthetic]} --data text"
+_, (SINES, _) = synthetic.flags(["--preset", "demo"])  # vanilla and myopic
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 DEVICES = list(itertools.product(["cpu"], TOLERANCE))
 for name in ("cuda", "mps"):
@@ -44,12 +49,6 @@ def assert_agree(got, true, tolerance=1e-10):
     for name in true:
         a, b = got[name].cpu().double(), true[name].cpu().double()
         assert (a - b).norm() <= tolerance * (b.norm() or 1), name
-
-
-def preset_run(script, name, **settings):
-    """The first run of a preset, with other settings."""
-    _, runs = script.flags(["--preset", name])
-    return replace(runs[0], **settings)
 
 
 def make_gpt(dtype=torch.float64, **settings):
@@ -82,29 +81,25 @@ def gradients(model, idx, targets):
 def literal_losses(copies, idx, targets, owner):
     """T losses, one per position, where position i computes with its own copy of the model.
     owner: whose W_K, W_V make the key and value of writer j for reader i, "reader" or "writer"."""
-    n_head, T = copies[0].config.n_head, idx.size(1)
+    n_head = copies[0].config.n_head
     x = [model.embed(idx)[:, i] for i, model in enumerate(copies)]  # T of (B, C)
     for layer in range(copies[0].config.n_layer):
         blocks = [model.transformer.h[layer] for model in copies]
         normed = [block.ln_1(x_i) for block, x_i in zip(blocks, x)]
         for i, block in enumerate(blocks):
-            keys, values = [], []
+            qkv = []
             for j in range(i + 1):
                 whose = block if owner == "reader" else blocks[j]
-                _, k, v = whose.attn.c_attn(normed[j]).chunk(3, dim=-1)
-                keys.append(k.unflatten(-1, (n_head, -1)))  # (B, nh, hs)
-                values.append(v.unflatten(-1, (n_head, -1)))
-            q, _, _ = block.attn.c_attn(normed[i]).chunk(3, dim=-1)
-            q = q.unflatten(-1, (n_head, -1))
-            scores = (q * torch.stack(keys)).sum(-1, keepdim=True) / math.sqrt(q.size(-1))
-            P = scores.softmax(0)  # (i + 1, B, nh, 1)
-            mixed = (P * torch.stack(values)).sum(0).flatten(1)  # (B, C)
+                qkv.append(whose.attn.c_attn(normed[j]).unflatten(-1, (3, n_head, -1)))
+            q, k, v = torch.stack(qkv).unbind(2)  # (i + 1, B, nh, hs); of q the last, i's own
+            scores = (q[-1] * k).sum(-1, keepdim=True) / math.sqrt(q.size(-1))
+            mixed = (scores.softmax(0) * v).sum(0).flatten(1)  # (B, C)
             x[i] = x[i] + block.attn.c_proj(mixed)
             x[i] = x[i] + block.mlp(block.ln_2(x[i]))
     losses = []
-    for i, model in enumerate(copies):
-        logits = model.lm_head(model.transformer.ln_f(x[i]))  # (B, V)
-        losses.append(F.cross_entropy(logits, targets[:, i]) / T)
+    for model, x_i, target in zip(copies, x, targets.T):
+        logits = model.lm_head(model.transformer.ln_f(x_i))  # (B, V)
+        losses.append(F.cross_entropy(logits, target) / len(copies))
     return losses
 
 
@@ -160,9 +155,10 @@ def oracle(x, w, b, n_head, horizon, cut):
     k_past, v_past = k.detach(), v.detach()
     if cut == "hidden":
         _, k_past, v_past = mg.heads(x.detach(), w, b, n_head)
-    place = torch.arange(x.size(1))
-    lag = place[:, None] - place  # (T, T)
-    is_near = lag <= (x.size(1) if horizon is None else horizon)
+    if horizon == 0:
+        return mg.merge_heads(mg.two_stream_attention(q, k, v, k_past, v_past))
+    lag = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))  # (T, T)
+    is_near = lag <= (math.inf if horizon is None else horizon)
     S = torch.where(is_near, q @ k.mT, q @ k_past.mT) / math.sqrt(q.size(-1))
     A = S.masked_fill(lag < 0, -math.inf).softmax(-1)
     return mg.merge_heads((A * is_near) @ v + (A * ~is_near) @ v_past)
@@ -183,16 +179,7 @@ def test_attention_is_its_oracle(monkeypatch, device, dtype, B, T, horizon, cut,
     assert_agree(got, true, TOLERANCE[dtype])
 
 
-def test_log_sum_exp_as_other_kernels_keep_it():
-    q, k, v, out = mg.attend(*torch.randn(3, 2, 3, 5, 8).double())
-    lse = out.grad_fn._saved_logsumexp  # (B, nh, T)
-    padded = SimpleNamespace(_saved_log_sumexp=F.pad(lse, (0, 27)))
-    trailing = SimpleNamespace(_saved_logsumexp=lse[..., None])
-    for grad_fn in (padded, trailing):  # read, not computed
-        assert torch.equal(mg.log_sum_exp(0 * q, k, SimpleNamespace(grad_fn=grad_fn)), lse)
-
-
-def test_it_holds_under_checkpointing_and_compile():
+def test_it_holds_under_checkpointing_compile_and_autocast():
     leaves, dy = attention_inputs()
     attention = functools.partial(mg.myopic_attention, n_head=3)
     true = attention_gradients(attention, leaves, dy)
@@ -201,13 +188,9 @@ def test_it_holds_under_checkpointing_and_compile():
         ways.append(functools.partial(checkpoint, attention, use_reentrant=reentrant))
     for way in ways:
         assert_agree(attention_gradients(way, leaves, dy), true, 1e-12)
-
-
-def test_under_autocast_y_is_bfloat16_and_gradients_are_float32():
     leaves, dy = attention_inputs(dtype=torch.float32)
-    true = attention_gradients(mg.myopic_attention, leaves, dy, 3)
-    under_autocast = torch.autocast("cpu", torch.bfloat16)(mg.myopic_attention)
-    got = attention_gradients(under_autocast, leaves, dy.bfloat16(), 3)
+    under_autocast = torch.autocast("cpu", torch.bfloat16)(attention)
+    got = attention_gradients(under_autocast, leaves, dy.bfloat16())
     assert [t.dtype for t in got.values()] == [torch.bfloat16] + 3 * [torch.float32]
     assert_agree(got, true, 0.03)
 
@@ -225,26 +208,6 @@ def test_second_derivatives_are_refused_and_what_it_saves_is_small_and_freed():
     assert all(ref() is not None for ref in kept)
     assert all(map(torch.equal, first, torch.autograd.grad(y, leaves, dy)))
     assert all(ref() is None for ref in kept)  # by counting references: there is no cycle
-
-
-@pytest.mark.parametrize("B, T", [(2, 9), (0, 3), (2, 0)])
-def test_two_streams_with_a_detached_past_are_myopic(B, T):
-    leaves, dy = attention_inputs(B, T)
-
-    def textbook(x, w, b):
-        q, k, v = mg.heads(x, w, b, 3)
-        _, k_past, v_past = mg.heads(x.detach(), w, b, 3)
-        return mg.merge_heads(mg.two_stream_attention(q, k, v, k_past, v_past))
-
-    true = attention_gradients(textbook, leaves, dy)
-    assert_agree(attention_gradients(mg.myopic_attention, leaves, dy, 3), true)
-
-
-def test_two_streams_with_a_past_of_zeros_are_differentiated_through():
-    q, k, v = torch.randn(3, 1, 2, 4, 3).double().requires_grad_().unbind()
-    zeros = torch.zeros_like(k)
-    attention = functools.partial(mg.two_stream_attention, k_past=zeros, v_past=zeros)
-    assert torch.autograd.gradcheck(attention, (q, k, v))
 
 
 # ------------------------ the model
@@ -266,6 +229,10 @@ def test_bigram_sees_no_past_and_local_myopic_its_teachers():
     other = idx.clone()
     other[:, :4] = (idx[:, :4] + 1) % 11
     assert torch.equal(bigram(idx)[0][:, 4:], bigram(other)[0][:, 4:])
+    q, k, v = torch.randn(3, 1, 2, 4, 3).double().requires_grad_().unbind()
+    zeros = torch.zeros_like(k)
+    no_past = functools.partial(mg.two_stream_attention, k_past=zeros, v_past=zeros)
+    assert torch.autograd.gradcheck(no_past, (q, k, v))
 
     teacher = make_gpt(dropout=0.5)
     local = mg.LocalMyopicGPT(replace(teacher.config, past="frozen", dropout=0), teacher).double()
@@ -280,17 +247,7 @@ def test_bigram_sees_no_past_and_local_myopic_its_teachers():
     assert not moved[:, 0].any() and moved[:, 1:].all()
 
 
-def test_dropout_acts_in_training_alone():
-    model, (idx, _) = make_gpt(dropout=0.5, n_layer=1), batch(6)
-    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    assert len(drops) == 3
-    for dropping in [*drops, None]:  # each of the three alone, then none
-        for m in drops:
-            m.train(m is dropping)
-        assert torch.equal(model(idx)[0], model(idx)[0]) == (dropping is None)
-
-
-def test_bad_values_are_refused():
+def test_bad_values_are_refused_and_good_ones_act():
     (x, w, b), _ = attention_inputs()
     bad = [(x[0], w, b, 3), (x, w[:36], b, 3), (x, w, b[:9], 3), (x, w, b, 5), (x, w, b, 0)]
     for arguments in [*bad, (x, w, b, 3, 1.5), (x, w, b, 3, -1), (x, w, b, 3, 0, "k")]:
@@ -299,90 +256,58 @@ def test_bad_values_are_refused():
     pytest.raises(mg.UsageError, model, idx)  # block_size is 8
     for settings in (dict(idx=idx[:, :0]), dict(temperature=0), dict(top_k=0)):
         pytest.raises(mg.UsageError, model.generate, **(dict(idx=idx, max_new_tokens=1) | settings))
-    bad = [dict(muon="some"), dict(block_size=2.5), dict(n_head=5), dict(arm="horizon_1.5")]
-    bad += [dict(learning_rate=math.nan), dict(weight_decay=-1), dict(beta1=1), dict(seed=2**32)]
-    for settings in bad:
-        pytest.raises(mg.UsageError, mg.TextRun, **settings)
-    bad = [dict(p=0), dict(p=1.5), dict(a=16), dict(block_size=20), dict(n_layer=1)]
-    for settings in [*bad, dict(arm="local_myopic"), dict(seed=9000), dict(b_hold=0.7)]:
-        pytest.raises(mg.UsageError, preset_run, synthetic, "quick", **settings)
-    for horizon in (True, 1.5, -1):
-        pytest.raises(mg.UsageError, replace, model.config, horizon=horizon)
-
-
-def test_generate_takes_the_best_and_goes_on_in_half_precision():
-    model = mg.GPT(mg.GPTConfig(4, 50304, 1, 1, 8)).half()
-    idx = torch.zeros(2, 3, dtype=torch.long)
-    logits, _ = model(idx)
-    for settings in (dict(top_k=1), dict(temperature=1e-6, top_k=2)):
-        assert torch.equal(model.generate(idx, 1, **settings)[:, -1], logits[:, -1].argmax(-1))
-    torch.nn.init.zeros_(model.lm_head.weight)  # all are equal: top_k of them are kept
-    drawn = {model.generate(idx, 1, top_k=2)[0, -1].item() for _ in range(40)}
-    assert len(drawn) == 2
-
-
-def test_shapes_alone():
-    x, w = torch.empty(2, 5, 8, device="meta"), torch.empty(24, 8, device="meta")
-    assert mg.myopic_attention(x, w, None, 2).shape == x.shape
+    best = model(idx[:, 1:])[0][:, -1].argmax(-1)
+    for settings in (dict(top_k=1), dict(temperature=1e-6)):
+        assert torch.equal(model.generate(idx, 1, **settings)[:, -1], best)
+    bad = [dict(horizon=True), dict(horizon=1.5), dict(horizon=-1), dict(past="none")]
+    bad = list(itertools.product([model.config], bad))
+    of_text = [dict(muon="some"), dict(block_size=2.5), dict(n_head=5), dict(arm="horizon_1.5")]
+    of_text += [dict(learning_rate=math.nan), dict(beta1=1), dict(seed=2**32)]
+    bad += itertools.product([mg.TextRun()], of_text)
+    of_sines = [dict(p=0), dict(p=1.5), dict(a=6), dict(block_size=6), dict(n_layer=1)]
+    of_sines += [dict(arm="local_myopic"), dict(seed=9000), dict(b_hold=0.7)]
+    for settings, change in [*bad, *itertools.product([SINES], of_sines)]:
+        pytest.raises(mg.UsageError, replace, settings, **change)
+    words = "--preset demo --n_head 0 --n_embd 40 16 --p 1 1.0"
+    _, runs = synthetic.flags(words.split())
+    wanted = itertools.product(["vanilla", "myopic"], [2, 1])  # all combinations, each once
+    assert [(run.arm, run.n_head) for run in runs] == list(wanted)
+    for h in mg.HORIZONS:  # these are between myopic, 0, and vanilla, and nothing else
+        assert mg.ARMS[f"horizon_{h}"] == mg.ARMS["myopic"] | {"horizon": h}
 
 
 # ------------------------ text and training
-def test_muon_takes_the_matrices_that_a_run_names_and_adamw_the_rest():
-    for name, n in (("all", 4), ("attn", 2)):
-        run = mg.TextRun(muon=name, muon_decay=0.3)
-        adamw, muon = mg.configure_optimizers(make_gpt(n_layer=1), run)
-        assert adamw.defaults["betas"] == (0.9, 0.95)
-        groups = [*adamw.param_groups, *muon.param_groups]  # matrices, norms and biases; Muon's
-        assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.3]
-        assert [len(group["params"]) for group in groups] == [6 - n, 10, n]  # 6: 4, 2 embeddings
+@pytest.mark.parametrize("muon, clip", [("all", 0.1), ("attn", 0)])
+def test_training_is_torchs(monkeypatch, muon, clip):
+    clip_norm = Mock(wraps=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_norm)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)  # else torch's Muon takes it
+    run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, grad_clip=clip, muon=muon)
+    run = replace(run, learning_rate=0.002, weight_decay=0.5, beta1=0.7, beta2=0.8)
+    run = replace(run, muon_rate=0.005, muon_decay=0.8)
+    (start, ours, theirs), progress = (make_gpt() for _ in range(3)), Mock()
+    mg.train(ours, run, lambda step: batch(6), lambda done: None, progress)
+    assert [c.args[0] for c in progress.call_args_list] == [4]  # steps since the last report
+    assert [c.args[1] for c in clip_norm.call_args_list] == (4 * [clip] if clip else [])
 
-
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
-def test_muon_is_torchs_as_far_as_bfloat16_lets_it(shape):
-    torch.manual_seed(0)
-    start, idle = torch.randn(shape), torch.nn.Parameter(torch.ones(shape))
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    how = dict(lr=0.1, weight_decay=0.5)
-    muons = [mg.Muon([ours, idle], **how)]
-    muons.append(torch.optim.Muon([theirs], **how, adjust_lr_fn="match_rms_adamw"))
-    for _ in range(3):
-        grad, before = torch.randn(shape), ours.detach().clone()
-        for p, muon in zip((ours, theirs), muons):
-            p.grad = grad.clone()
-            muon.step()
-        # decay first, then a step of the rate; its singular values, but for the factor, are near 1
-        step = (0.95 * before - ours) / (0.1 * 0.2 * math.sqrt(max(shape)))
-        values = torch.linalg.svdvals(step)
-        assert values.min() > 0.6 and values.max() < 1.25
-        assert_agree(dict(p=ours - start), dict(p=theirs - start), 0.02)
-    assert torch.equal(idle, torch.ones(shape))  # it has no gradient
-    # singular values alone change: X and its factor U V^T share their vectors
-    X = torch.randn(shape).double()
-    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
-    inner = U.T @ mg.orthogonalize(X) @ Vh.T
-    assert (inner - inner.diagonal().diag()).abs().max() < 1e-10
-
-
-def test_a_step_is_the_clipped_gradient_times_the_rate(monkeypatch):
-    run = mg.TextRun(max_iters=4, warmup=0.5, decay_from=0.5, grad_clip=0.1)
-    model, weights = make_gpt(torch.float32), []
-    everything = list(model.parameters())
-    parts = everything[::2], everything[1::2]
-    optimizers = [torch.optim.SGD(part, 0.2) for part in parts]
-    monkeypatch.setattr(mg, "configure_optimizers", lambda model, run: optimizers)
-
-    def after_step(done):
-        assert model.training and model.lm_head.weight.grad is None
-        weights.append([torch.cat([p.detach().flatten() for p in part]) for part in parts])
-
-    after_step(0)
-    mg.train(model, run, lambda step: batch(6), after_step, Mock())
-    moved = []
-    for old, new in itertools.pairwise(weights):
-        moved.append([(b - a).norm().item() for a, b in zip(old, new)])
-    # rates .1, .2, .2, .1, in both optimizers
-    assert np.linalg.norm(moved, axis=1) == pytest.approx([0.01, 0.02, 0.02, 0.01], rel=1e-3)
-    assert min(moved[0]) > 0.001
+    of_muon, embeddings, others = [], [], []  # norms and biases, which do not decay
+    for name, p in theirs.named_parameters():
+        is_muons = ".attn." in name or (muon == "all" and ".mlp." in name)
+        (others if p.dim() == 1 else of_muon if is_muons else embeddings).append(p)
+    groups = [dict(params=embeddings, weight_decay=0.5), dict(params=others, weight_decay=0)]
+    adamw = torch.optim.AdamW(groups, betas=(0.7, 0.8))
+    torchs = torch.optim.Muon(of_muon, weight_decay=0.8, adjust_lr_fn="match_rms_adamw")
+    for scale in (0.5, 1, 1, 0.5):
+        theirs.zero_grad()
+        theirs(*batch(6))[1].backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        for optimizer, rate in ((adamw, 0.002), (torchs, 0.005)):
+            for group in optimizer.param_groups:
+                group["lr"] = scale * rate
+            optimizer.step()
+    for (name, p), q, r in zip(ours.named_parameters(), theirs.parameters(), start.parameters()):
+        assert_agree({name: p - r}, {name: q - r}, 1e-6)
 
 
 def test_text_is_split_between_paragraphs_and_each_of_english_is_there_once(tmp_path):
@@ -395,24 +320,23 @@ def test_text_is_split_between_paragraphs_and_each_of_english_is_there_once(tmp_
     assert len(train) > 5000 and len(held_out) > 500 and train & held_out <= {b""}
 
 
-def test_losses_of_tokens_are_evenly_spaced_in_order_and_without_dropout():
-    model, rows = make_gpt(dropout=0.5), torch.arange(5000).remainder(11).unfold(0, 9, 1)
-    losses, y = mg.token_losses(model, rows, 4000)  # in three chunks
-    assert losses.shape == y.shape == (4000, 8) and model.training  # as before
-    assert y[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and y[-1, -1] == 4999 % 11
-    logits, _ = model.eval()((y - 1) % 11)  # tokens count up
-    assert losses.allclose(F.cross_entropy(logits.mT, y, reduction="none"))
-
-
 def test_the_numbers_of_a_record_are_of_the_right_text():
+    text = b"d" * 40, bytes(range(40))
     run = mg.TextRun(block_size=3, max_iters=20, eval_windows=5, dropout=0.5)
-    model, numbers, _ = mg.train_text((b"d" * 40, b"9 ab" * 10), run, "cpu", Mock())
+    model, numbers, arrays = mg.train_text(text, run, "cpu", Mock())
+    held_out = torch.tensor(list(text[1])).unfold(0, 4, 1)  # (37, T + 1)
+    y = held_out[::9, 1:]  # 5 evenly spaced ones
+    true = F.cross_entropy(model(held_out[::9, :-1])[0].mT, y, reduction="none").detach()  # (5, T)
+    assert np.allclose(arrays["losses"], true) and np.array_equal(arrays["y"], y)
+    assert numbers["loss_by_position"] == pytest.approx(true.mean(0).tolist())
     step, train_loss, val_loss = numbers["curve"][-1]
     assert step == 20 and train_loss == numbers["train_loss"] < 1
-    assert 3 < val_loss == numbers["val_loss"]
-    assert sum(numbers["loss_by_position"]) == pytest.approx(3 * val_loss)  # of 3 positions
-    assert numbers["lag_share"]["start"] != numbers["lag_share"]["end"]
-    assert numbers["sample"].startswith("9 ab") and model.transformer.drop.p == 0.5
+    assert val_loss == numbers["val_loss"] == pytest.approx(true.mean().item())
+    assert numbers["sample"].startswith("\0\1\2\3")
+    torch.manual_seed(run.seed)
+    for when, measured in (("start", mg.GPT(model.config)), ("end", model)):
+        shares = mg.lag_shares(measured, held_out[::2, :-1], held_out[::2, 1:])
+        assert numbers["lag_share"][when] == shares
 
 
 def test_arms_share_start_and_batches_and_seeds_share_none(monkeypatch):
@@ -421,16 +345,38 @@ def test_arms_share_start_and_batches_and_seeds_share_none(monkeypatch):
     settings = dict(block_size=8, max_iters=1, learning_rate=0, muon_rate=0)  # stays as it starts
     for arm, seed in (("vanilla", 0), ("local_myopic", 0), ("bigram", 1)):
         mg.train_text(text, mg.TextRun(arm=arm, seed=seed, **settings), "cpu", Mock())
-    seen = []
+    arms, seen = [], []
     for c in mg.train.call_args_list:
-        model, _, next_batch, *_ = c.args
+        model, run, next_batch, *_ = c.args
+        arms.append(run.arm)
         seen.append(model.transformer.state_dict() | dict(xy=torch.stack(next_batch(1))))
-    vanilla, teacher, local, other_seed = seen  # local_myopic trains its teacher first
+    assert arms == ["vanilla", "vanilla", "local_myopic", "bigram"]  # first local_myopic's teacher
+    vanilla, teacher, local, other_seed = seen
     assert_agree(teacher, vanilla, 0)
     assert_agree(local, vanilla, 0)
     for name in ("xy", "wte.weight"):
         assert not torch.allclose(other_seed[name], vanilla[name])
     assert torch.equal(vanilla["xy"][1], vanilla["xy"][0] + 1)
+
+
+@pytest.mark.parametrize("script", [mg, synthetic])
+def test_every_setting_acts(script):
+    small = dict(seed=2, block_size=8, n_layer=2, n_head=2, n_embd=12, batch_size=2, max_iters=4)
+    small |= dict(dropout=0.1, beta1=0.5, beta2=0.5, warmup=0.6, grad_clip=0.01)
+    text = np.random.default_rng(0).integers(256, size=(2, 99), dtype=np.uint8)
+    train = functools.partial(mg.train_text, [part.tobytes() for part in text])
+    run = mg.TextRun(**small, eval_windows=2)
+    if script is synthetic:
+        train = synthetic.train_sine
+        run = synthetic.SineRun(**small, p=0.5, a=2, x_until=0.6, p_until=0.6, eval_sequences=64)
+    _, numbers, _ = train(run, "cpu", Mock())
+    for f in fields(run):
+        if f.metadata:  # a setting
+            value, choices = getattr(run, f.name), f.metadata["choices"]
+            other = list(choices)[1] if choices else type(value)(1.5 * value)
+            _, others, _ = train(replace(run, **{f.name: other}), "cpu", Mock())
+            assert others["curve"] != numbers["curve"], f.name
+    assert train(run, "cpu", Mock())[1] == numbers  # no chance is left
 
 
 # ------------------------ the command and its files
@@ -446,41 +392,9 @@ def folder(tmp_path, monkeypatch):
 
 def call(words, out="out/demo"):
     """Run the command -> {name: record} of all that the folder then holds, but for the seconds."""
-    mg.main(f"{TINY} {words} --out_dir {out}".split())
+    mg.main(f"{TINY[mg]} {words} --out_dir {out}".split())
     found = mg.read_runs(out, mg.TextRun)
     return {name: vars(run) | dict(seconds=0, npz=None) for name, run in found.items()}
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    def fail(part):
-        part.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    pytest.raises(OSError, mg.write_whole, tmp_path / "figure", fail)
-    assert not list(tmp_path.iterdir())
-
-
-CALLS = {  # words: what varies, and its values in the order of the runs
-    "--arm vanilla myopic --seed 3 5 --p 1 0.3 1.0": (
-        ["arm", "seed", "p"],
-        list(itertools.product(("vanilla", "myopic"), (3, 5), (1, 0.3))),
-    ),
-    "--arm bigram --seed 1 --n_layer 2 3 --n_head 1 --n_embd 16 32": (
-        ["n_layer", "n_head", "n_embd"],
-        [(2, 1, 16), (2, 1, 32), (3, 1, 16), (3, 1, 32)],
-    ),
-    "--arm bigram --seed 1 --n_head 0 --n_embd 40 16": (
-        ["n_head", "n_embd"],
-        [(2, 40), (1, 16)],
-    ),
-}
-
-
-@pytest.mark.parametrize("words", CALLS)
-def test_the_runs_of_a_call_are_all_combinations_each_once(words):
-    names, values = CALLS[words]
-    _, runs = synthetic.flags(words.split())
-    assert [tuple(getattr(run, name) for name in names) for run in runs] == values
 
 
 def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch):
@@ -489,6 +403,7 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch
     arms = "--arm vanilla horizon_1 bigram local_myopic"
     torch.set_num_threads(2)  # a run takes one all the same
     records = call(arms)
+    assert len({record["n_params"] for record in records.values()}) == 1  # the teacher is no part
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert call(arms) == records and mg.train.call_count == 5  # a teacher is the fifth
@@ -499,72 +414,88 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch
     text = Path("text").read_bytes()
     digest = hashlib.sha256(b"%d " % (len(text) * 9 // 10) + text).hexdigest()
     assert (vanilla.arm, bigram.arm, vanilla.data_sha256) == ("vanilla", "bigram", digest)
-    assert vanilla.code == hashlib.sha256(Path(mg.__file__).read_bytes()).hexdigest()[:8]
+    lesson, sines = (Path(script.__file__).read_bytes() for script in (mg, synthetic))
+    assert vanilla.code == mg.TextRun.code == hashlib.sha256(lesson).hexdigest()[:8]
+    assert synthetic.SineRun.code == hashlib.sha256(lesson + sines).hexdigest()[:8]
 
 
-def test_figures_whatever_the_console_and_the_settings(folder, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
-    monkeypatch.setitem(mg.matplotlib.rcParams, "text.usetex", True)  # takes latex
-    records = call("--seed 2 3 --arm vanilla myopic")
-    assert Path("out/demo/text_gaps.png").exists()
-    assert not list(Path("out/demo/runs").glob("*seed3*.npz"))  # the first seed's alone are kept
-    assert call("--seed 2 --arm vanilla bigram --plot_only") == records  # nothing is trained
+def test_old_arrays_and_figures_do_not_stay(folder, capsys, monkeypatch):
+    # a console that lacks letters, a user's settings (this one takes latex), and TQDM_DISABLE=1
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setitem(mg.matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setattr(mg, "tqdm", functools.partial(mg.tqdm, disable=True))
+    records, figure = call("--seed 2 3 --arm vanilla myopic"), Path("out/demo/text_gaps.png")
+    assert figure.exists()
+    call("--seed 3 2 --arm vanilla --fresh")
+    assert not figure.exists()
+    kept = [path.stem[:-9] for path in sorted(Path("out/demo").glob("*/*.npz"))]
+    assert kept == ["text-myopic-seed2", "text-vanilla-seed3"]  # of the first seeds alone
+    assert b"no text_gaps.png: it takes vanilla and another" in console.buffer.getvalue()
+    assert call("--seed 3 --arm bigram myopic --plot_only") == records  # nothing is trained
+    assert not list(Path("out/demo").glob("*.png")) and capsys.readouterr().err == ""
 
 
-def test_an_old_figure_does_not_stay(folder, capsys):
+def test_files_are_whole_and_a_record_counts_under_its_own_name(folder):
+    def fail(part):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    Path("out").mkdir()
+    pytest.raises(OSError, mg.write_whole, Path("out/figure"), fail)
+    assert not list(Path("out").iterdir())
     call("--arm vanilla")
-    assert "no text_gaps.png: it takes vanilla and another arm" in capsys.readouterr().out
-    call("--arm vanilla myopic")
-    assert Path("out/demo/text_gaps.png").exists()
-    call("--arm myopic")
-    assert not list(Path("out/demo").glob("*.png"))
-
-
-BAD = [
-    ("--arm x", "'x'"),
-    ("--arms vanilla", "--arms"),
-    ("--n_embd 16 --n_head 5", "n_head 5"),
-    ("--jobs 0", "jobs is 0"),
-    ("--data latin", "latin"),
-    ("--data short", "block_size is 8"),
-    ("--out_dir short", "short"),
-    ("--plot_only", "none of these runs"),
-    ("--max_iters 1 --learning_rate 1e30", "--learning_rate"),
-    ("--arm myopic --learning_rate 1e30 --jobs 2", "myopic, seed 0: loss nan at step 4"),
-]
-
-
-@pytest.mark.parametrize("words, said", BAD)
-def test_bad_input_is_one_line_and_status_2(folder, capsys, words, said):
-    with pytest.raises(SystemExit) as stop:
-        mg.main((TINY + words).split())
-    error = capsys.readouterr().err.partition("error: ")[2].strip()
-    assert stop.value.code == 2 and said in error and "\n" not in error
-
-
-def test_a_file_that_is_no_record_is_named(folder):
-    call("--arm vanilla")
-    (path,) = Path("out/demo/runs").glob("*.json")
-    for text in ("", "[1]", path.read_text()[:-9]):
+    (run,) = mg.read_runs("out/demo", mg.TextRun).values()
+    run.npz.write_bytes(run.npz.read_bytes()[:-99])
+    pytest.raises(mg.UsageError, mg.read_arrays, run)
+    path = run.npz.with_suffix(".json")
+    path.rename(path.with_stem(f"{path.stem[:-1]}x"))
+    assert not mg.read_runs("out/demo", mg.TextRun)
+    for text in ("", "[1]", "{"):
         path.write_text(text)
         with pytest.raises(mg.UsageError, match=path.stem):
             mg.read_runs("out/demo", mg.TextRun)
 
 
+BAD = [
+    (mg, "--arm x", "'x'"),
+    (mg, "--arms vanilla", "--arms"),
+    (mg, "--n_embd 16 --n_head 5", "n_head 5"),
+    (mg, "--jobs 0", "jobs is 0"),
+    (mg, "--data latin", "latin"),
+    (mg, "--data short", "block_size is 8"),
+    (mg, "--out_dir short", "short"),
+    (mg, "--plot_only", "none of these runs"),
+    (mg, "--max_iters 1 --learning_rate 1e30", "--learning_rate"),
+    (mg, "--arm myopic --learning_rate 1e30 --jobs 2", "myopic, seed 0: loss nan at step 4"),
+    (synthetic, "--p 0.01 --a 1 --eval_sequences 64 --block_size 6", "p is 0.01"),
+]
+
+
+@pytest.mark.parametrize("script, words, said", BAD)
+def test_bad_input_is_one_line_and_status_2(folder, capsys, script, words, said):
+    with pytest.raises(SystemExit) as stop:
+        script.main(f"{TINY[script]} {words}".split())
+    error = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert stop.value.code == 2 and said in error and "\n" not in error
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_interrupted_or_killed_no_process_is_left(folder, number, status):
-    words = f"{TINY} --max_iters 9999999 --jobs 2 --arm vanilla"
+@pytest.mark.parametrize("script, number", [(mg, signal.SIGINT), (synthetic, signal.SIGKILL)])
+def test_interrupted_or_killed_no_process_is_left(folder, monkeypatch, script, number):
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # a script's folder is not looked into then
+    words = f"{TINY[script]} --max_iters 9999999 --jobs 2 --arm vanilla"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     # a test run in the background would hand down a Ctrl-C that is ignored
     pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process, said = subprocess.Popen([sys.executable, mg.__file__, *words.split()], **pipes), b""
+    command, said = [sys.executable, script.__file__, *words.split()], b""
+    process = subprocess.Popen(command, **pipes)
     while b"vanilla, seed 0: loss" not in said and process.poll() is None:
         said += process.stderr.read1()
     kill = os.killpg if number == signal.SIGINT else os.kill  # a terminal tells the whole group
     kill(process.pid, number)
     _, said = process.communicate(timeout=20)  # the pipes end with the last process
-    assert process.returncode == status and b"Traceback" not in said
+    assert process.returncode in (130, -signal.SIGKILL) and b"Traceback" not in said
 
 
 def die(run, device, report_progress):
@@ -581,65 +512,121 @@ def test_a_worker_killed_for_its_memory_is_one_line_and_a_bug_has_a_traceback(tm
 
 
 # ------------------------ tables and figures say what the records say
-def finished(run_class, numbers, **settings):
-    """A run with the numbers of a record."""
-    run = run_class(**settings)
-    vars(run).update(numbers)
-    return run
+def recorded(name, script):
+    """The finished runs in a folder of results."""
+    run_class = mg.TextRun if script is mg else synthetic.SineRun
+    return list(mg.read_runs(ROOT / "results" / name, run_class).values())
 
 
-def figure(monkeypatch, plot, *data):
-    """-> the Figure that plot(path, *data) would write."""
+def figures_of(monkeypatch, plot, *data):
+    """-> {file name: Figure}, what plot(*data) would write."""
     monkeypatch.setattr(mg, "save_figure", Mock())
-    plot(Path("none"), *data)
-    return mg.save_figure.call_args[0][1]
+    plot(*data)
+    return {c.args[0].name: c.args[1] for c in mg.save_figure.call_args_list}
 
 
-def test_what_is_shown_of_english(capsys, monkeypatch):
-    losses = dict(vanilla={1: 2, 0: 1, 3: 2}, myopic={0: 2, 1: 5, 2: 9}, bigram={1: 5, 0: 4, 3: 2})
+def assert_drawn(ax, runs, x, y_of):
+    """The line of each arm, of its colour, is the mean of y_of(run) over seeds."""
+    lines = {line.get_label().split(":")[0]: line for line in ax.lines}
+    for arm, group in mg.group_by(runs, "arm").items():
+        assert lines[arm].get_color() == mg.LOOKS[arm][0]
+        assert list(lines[arm].get_xdata()) == list(x)
+        assert lines[arm].get_ydata() == pytest.approx(np.mean([*map(y_of, group)], axis=0))
+
+
+def assert_lags_drawn(figure, runs, last):
+    """The shares of the last layer's W_V, which are [-1][1], of vanilla before and after."""
+    (ax,), vanilla = figure.axes, [run for run in runs if run.arm == "vanilla"]
+    for line, when in zip(ax.lines[1:], ("start", "end"), strict=True):
+        mean = np.mean([run.lag_share[when][-1][1] for run in vanilla], axis=0)
+        assert line.get_ydata() == pytest.approx(mean)
+    assert f": {100 * mean[1 : last + 1].sum():.0f} ± " in figure.get_suptitle()
+
+
+def test_what_vanilla_needs_and_letters_of_a_table(capsys):
+    losses = dict(vanilla=[1, 2], myopic=[1.5, 3], bigram=[1.05, 9])
     runs = []
-    for arm, by_seed in losses.items():
-        for seed, loss in by_seed.items():
-            record = dict(val_loss=loss, train_loss=8, n_params=7, sample="so\x1b\x9b\r")
-            # step, training loss, validation loss
-            record["curve"] = [[2, 8, 2 * loss], [4, 8, loss]]
-            record["loss_by_position"] = [0, loss, loss, 3 * loss, loss]
-            runs.append(finished(mg.TextRun, record, arm=arm, seed=seed, block_size=5))
-    assert mg.gaps(runs, "myopic") == {0: 1, 1: 3}  # of the seeds that vanilla has, too
-    assert mg.shares_of_bigram(runs, "bigram") == [100, 100]  # seed 3's gap of bigram is noise
-    numbers = ["3", "5.333 ± 3.512", "2.000 ± 1.414", "66.7 ± 47.1", "50 ± 0"]
-    # size, parameters, arm; n, loss, gap, % of bigram's, steps that vanilla needs
-    assert mg.table_rows(runs)[1] == ["3x96", "7", "myopic", *numbers]
+    for arm, seed in itertools.product(losses, (0, 1)):
+        run = mg.TextRun(arm=arm, seed=seed)
+        loss = run.val_loss = losses[arm][seed]
+        run.curve = [[2, 8, 2 * loss], [3, 8, 9], [4, 8, loss]]  # step, training, validation
+        runs.append(run)
+    assert mg.shares_of_bigram(runs, "bigram") == [100]  # seed 0's gap of bigram is noise
+    # vanilla's best so far, after 50, 75, 100 % of the steps: 2, 2, 1 of seed 0 and 4, 4, 2 of 1
+    assert mg.steps_needed(runs, "myopic") == pytest.approx([87.5, 87.5])
+    runs[3].val_loss = 1.9  # below what seed 1's vanilla comes to
+    assert mg.steps_needed(runs, "myopic") == []
     mg.print_table("title", ["name"], [["[red]:smile:" + 200 * "@"]])
     out = capsys.readouterr().out
     assert "[red]:smile:" in out and out.count("@") == 200  # letters as they are, none cut
-
-    left, right = figure(monkeypatch, mg.plot_gaps, runs).axes
-    zero, myopic, bigram = (line.get_xydata().tolist() for line in left.lines)
-    assert myopic == bigram == [[2, 4], [4, 2]]  # step; (1 + 3) / 2 and (3 + 3 + 0) / 3
-    low, high = left.collections[0].get_paths()[0].get_extents().intervaly
-    assert (low, high) == (1, 6)  # the smaller of two seeds at step 4, the larger at 2
-    # positions 0, 1, mean of 2 and 3, 4
-    assert list(right.lines[1].get_ydata()) == pytest.approx([0, 2, 4, 2])
     assert len(set(mg.LOOKS.values())) == len(mg.LOOKS) == len(mg.ARMS) + 1  # and "untrained"
 
 
-def test_runs_of_other_settings_are_never_averaged():
-    runs = []
-    for n, (rate, size, seed) in enumerate(itertools.product((1e-3, 2e-3), (16, 32), (0, 1))):
-        settings = dict(learning_rate=rate, n_embd=size, n_head=1, seed=seed)
-        record = dict(val_loss=n, n_params=size, curve=[[1, n, n]])
-        runs.append(finished(mg.TextRun, record, **settings))
-    extra = mg.extra_settings(runs, "size")
-    assert extra == ["learning_rate"]
-    rows = [(row[0], row[1], row[5]) for row in mg.table_rows(runs, extra)]
-    assert rows == [
-        ("0.001", "3x16", "0.500 ± 0.707"),  # of two seeds each
-        ("0.001", "3x32", "2.500 ± 0.707"),
-        ("0.002", "3x16", "4.500 ± 0.707"),
-        ("0.002", "3x32", "6.500 ± 0.707"),
-    ]
-    assert mg.extra_settings(runs[:4], "size") == []
+def test_what_is_shown_of_english(tmp_path, monkeypatch, capsys):
+    runs = recorded("full", mg)  # seven sizes
+    shown = [run for run in runs if run.size == "3x128"]  # has more parameters than 6x64
+    shown[0].sample = "so\x1b\x9b\r"
+    others = [copy.copy(run) for run in runs if run.size == "1x64"]
+    for run in others:
+        run.warmup = 0.5  # never averaged with the rest
+    figures = figures_of(monkeypatch, mg.report, [*others, *runs], tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join(row) in out for row in mg.table_rows([*others, *runs], ["warmup"]))
+    share = mg.mean_sd(mg.shares_of_bigram(shown, "myopic"), 1)
+    assert f"At 3x128 myopic training loses {share} %" in out and "\x1b" not in out
+
+    vanilla = {run.seed: run for run in shown if run.arm == "vanilla"}
+    others = [run for run in shown if run.arm != "vanilla"]
+
+    def curve_of(run):
+        return np.subtract(run.curve, vanilla[run.seed].curve)[:, 2]
+
+    def bins_of(run):
+        gap = np.subtract(run.loss_by_position, vanilla[run.seed].loss_by_position)
+        return [gap[0], *(gap[n : 2 * n].mean() for n in (1, 2, 4, 8, 16, 32))]
+
+    left, right = figures["text_gaps.png"].axes
+    assert_drawn(left, others, [step for step, _, _ in shown[0].curve], curve_of)
+    assert_drawn(right, others, range(7), bins_of)
+    band = left.collections[0].get_paths()[0].get_extents()  # of all seeds
+    curves = [curve_of(run) for run in others if run.arm == others[0].arm]
+    assert (band.ymin, band.ymax) == pytest.approx((np.min(curves), np.max(curves)))
+    assert_lags_drawn(figures["text_lags.png"], shown, 64)
+
+    (ax,), depths = figures["text_size.png"].axes, {}
+    runs.sort(key=attrgetter("n_params"))
+    for line, of_size in zip(ax.lines, mg.group_by(runs, "n_layer", "n_params").items()):
+        (n_layer, n_params), group = of_size
+        shares = mg.shares_of_bigram(group, "myopic")
+        assert line.get_xydata().tolist() == [[n_params, share] for share in shares]
+        depths.setdefault(f"{n_layer} layers", []).append([n_params, np.mean(shares)])
+    assert {line.get_label(): line.get_xydata().tolist() for line in ax.lines[7:-1]} == depths
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])  # four sizes; four p
+def test_what_is_shown_of_sines(tmp_path, monkeypatch, capsys, name):
+    runs = [run for run in recorded(name, synthetic) if run.max_iters <= 6000]
+    runs.sort(key=attrgetter("p", "n_embd"), reverse=True)
+    for run in runs:
+        run.npz = Path("none")
+    figures = figures_of(monkeypatch, synthetic.report, runs, tmp_path)
+    out = " ".join(capsys.readouterr().out.split())
+    for row in synthetic.table_rows(runs):
+        assert " ".join(row[:-3]) in out and " ".join(row[:4] + row[-3:]) in out
+
+    shown = [run for run in runs if (run.p, run.n_embd) == (runs[0].p, runs[0].n_embd)]
+    left, right = figures["precache.png"].axes
+    steps, _ = zip(*shown[0].curve)
+    assert_drawn(left, shown, steps, lambda run: [ratio for _, ratio in run.curve])
+    bars = [[run.probe_r2_untrained[1][0] for run in shown]]
+    for arm, group in reversed(mg.group_by(shown, "arm").items()):
+        bars.insert(0, [run.probe_r2[1][0] for run in group])
+        assert f"{arm} {np.mean([run.ratio for run in group]):.2f}" in out.rpartition("Loss, if")[2]
+    for line, bar, values in zip(right.lines, right.patches, bars, strict=True):
+        assert list(line.get_ydata()) == values and bar.get_height() == np.mean(values)
+    (ax,) = figures["precache_patch.png"].axes
+    assert_drawn(ax, shown, range(16), attrgetter("patch_slope"))
+    assert_lags_drawn(figures["precache_lags.png"], shown, 10)
 
 
 # ------------------------ the sine task
@@ -676,54 +663,69 @@ class KnownModel(torch.nn.Module):
 
 
 def test_probe_and_patch_find_what_a_known_model_holds():
-    run = preset_run(synthetic, "demo", p=0.5)
+    run, model = replace(SINES, p=0.5), KnownModel()
     torch.manual_seed(0)
-    r2, x, estimate = synthetic.probe_model(KnownModel(), run, 600, "cpu")
+    r2, x, estimate = synthetic.probe_model(model, run, 600, "cpu")
     assert np.max(r2[0]) < 0  # held out: in sample, 100 channels of noise would hold something
     assert r2[1] == pytest.approx([1, 0, 1, 0, 0, 0], abs=0.02)
     assert estimate == pytest.approx(np.sin(4 * x), abs=0.02)
-    slopes = synthetic.patch(KnownModel(), run, 500, "cpu")
+    model.hidden_states = Mock(wraps=model.hidden_states)
+    slopes = synthetic.patch(model, run, 500, "cpu")
     assert slopes == pytest.approx([0, 0.5, 0.5, 0.5, 0, 0], abs=1e-4)  # only n's state moves
+    x, other = (c.args[0] for c in model.hidden_states.call_args_list)
+    changed = x != other  # (B, T, 2): one x of each sequence is drawn anew
+    assert changed[..., 0].sum(1).eq(1).all() and not changed[..., 1].any()
+    assert other[changed].std().item() == pytest.approx(1, abs=0.1)
+    assert [synthetic.lookbacks(T) for T in (12, 32, 64)] == [6, 16, 16]
 
 
 def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
     monkeypatch.setattr(synthetic, "sample_batch", Mock(wraps=synthetic.sample_batch))
-    run = preset_run(synthetic, "demo", max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
-    model, numbers, _ = synthetic.train_sine(run, "cpu", Mock())
-    drawn = {}  # {seed: [(b, p, standard deviation of x)]}
+    run = replace(SINES, max_iters=10, p=0.5, seed=7, eval_sequences=64, x_wide=1.5)
+    model, numbers, arrays = synthetic.train_sine(run, "cpu", Mock())
+    drawn = set()  # seed, b, p, and in training the standard deviation of x
     for c in synthetic.sample_batch.call_args_list:
-        p, b, generator = c.args[2], c.args[4], c.args[5]
-        x_std = c.args[6] if len(c.args) > 6 else 1.0  # evaluation leaves it out
-        drawn.setdefault(generator.initial_seed(), []).append((b, p, x_std))
+        _, _, p, _, b, generator, *x_std = c.args
+        drawn.add((generator.initial_seed(), b, p, *x_std))
     lessons = [synthetic.curriculum(run, step) for step in range(11)]  # (b, p, x_std)
     assert lessons[1] == (2.0, 1.0, 1.5) and lessons[9] == lessons[10] == (4.0, 0.5, 1.0)
     assert lessons[4] == pytest.approx((3.0, 0.5 ** (1 / 3), 1.5))  # b halfway there, log p a third
-    assert drawn.pop(1007) == lessons[:10]  # TRAINING + the run's seed
-    assert list(drawn) == [10000, 10001, 10002, 10003]  # losses, probe fit, probe test, patch
-    losses, fitted, tested, patched = map(set, drawn.values())
-    tasks = [(b, p, 1.0) for b, p, _ in lessons]  # the last is the run's own
-    assert losses == set(tasks) and patched == {(4.0, 0.5, 1.0)}
-    assert fitted == tested == set(tasks[::2])  # as the frames of the film
+    wanted = {(10003, 4.0, 0.5)}  # patch
+    for n, (b, p, x_std) in enumerate(lessons):
+        wanted.add((10000, b, p))  # losses
+        if n < 10:
+            wanted.add((1007, b, p, x_std))  # TRAINING + the run's seed
+        if n % 2 == 0:  # probe, as the frames of the film
+            wanted |= {(10001, b, p), (10002, b, p)}
+    assert drawn == wanted
+    assert len(arrays["film"]) == len(synthetic.film_points(len(numbers["curve"])))
     x, y = synthetic.sample_task(run, 64, synthetic.EVALUATION)
-    assert numbers["lag_share"]["end"] == mg.lag_shares(model, x, y)
+    for when, measured in (("start", synthetic.make_model(run)), ("end", model)):
+        assert numbers["lag_share"][when] == mg.lag_shares(measured, x, y)
     loss = model.position_losses(model.hidden_states(x)[-1], y).mean().item()
     assert loss / run.p == pytest.approx(numbers["huber_over_p"], rel=1e-4)
 
 
 def test_a_sine_model_starts_the_same_in_every_arm_with_positions_as_waves():
-    run = preset_run(synthetic, "full", wave_std=0.3)
-    model, myopic = synthetic.make_model(run), synthetic.make_model(replace(run, arm="myopic"))
+    run = replace(SINES, n_embd=128, block_size=64, wave_std=0.3, embd_std=0.2)
+    others = {}, dict(arm="myopic"), dict(seed=1)
+    model, myopic, other = (synthetic.make_model(replace(run, **change)) for change in others)
     assert_agree(trainable(myopic), trainable(model), 0)
-    other = synthetic.make_model(replace(run, seed=1))
-    assert not torch.equal(other.read_in.weight, model.read_in.weight)
-    waves = model.transformer.wpe.weight
+    embedding, waves = model.read_in.weight, model.transformer.wpe.weight
+    assert not torch.equal(other.read_in.weight, embedding)
+    assert embedding.std().item() == pytest.approx(0.2, rel=0.15)
     assert waves.square().mean().item() == pytest.approx(0.3**2, rel=0.1)
     assert waves[0, ::2].abs().max() < 1e-6 < waves[0, 1::2].min()  # sines, cosines
 
 
-def test_lag_shares_are_parts_of_the_gradient():
-    model, xy = make_gpt(), batch(8)
-    shares = mg.lag_shares(model, *xy)
+def test_lag_shares_and_tables_are_parts_of_the_gradient():
+    model, xy = make_gpt(dropout=0.5), batch(8)
+    shares, tables = mg.lag_shares(model, *xy), mg.gradient_tables(model, *xy)
+    assert model.training  # as before, but measured without dropout
+    states = model.eval().hidden_states(xy[0])
+    of_loss_5 = model.position_losses(states[-1], xy[1])[:, 5].sum()
+    (grad,) = torch.autograd.grad(of_loss_5, states[1])  # (B, T, C)
+    assert tables[1][5] == pytest.approx(grad.square().mean((0, 2)).sqrt().numpy())
     for layer, block in enumerate(model.transformer.h):
         # what W_K and W_V of this block get from readers at most `horizon` later
         up_to = [torch.zeros(2, 12, 12)]
@@ -736,76 +738,87 @@ def test_lag_shares_are_parts_of_the_gradient():
         for lag, (before, after) in enumerate(itertools.pairwise(up_to)):
             true = ((after - before) * whole).sum((1, 2)) / whole.square().sum((1, 2))
             assert [shares[layer][n][lag] for n in (0, 1)] == pytest.approx(true.tolist(), abs=1e-4)
+    assert np.allclose(mg.lag_shares(model.bfloat16(), *xy), shares, atol=0.03)
     pytest.raises(mg.UsageError, mg.lag_shares, make_gpt(horizon=0), *xy)
 
 
 def test_vanilla_plans_ahead_and_myopic_does_not():
-    run = preset_run(synthetic, "demo")
-    _, vanilla, _ = synthetic.train_sine(run, "cpu", Mock())
-    _, myopic, _ = synthetic.train_sine(replace(run, arm="myopic"), "cpu", Mock())
+    _, vanilla, _ = synthetic.train_sine(SINES, "cpu", Mock())
+    _, myopic, _ = synthetic.train_sine(replace(SINES, arm="myopic"), "cpu", Mock())
     assert vanilla["ratio"] < 0.2 and myopic["ratio"] > 0.85
     assert vanilla["probe_r2"][1][0] > 0.7 and vanilla["probe_r2_untrained"][1][0] < 0.3
-    assert np.mean(vanilla["patch_slope"][1 : run.a + 1]) > 0.7
+    assert np.mean(vanilla["patch_slope"][1 : SINES.a + 1]) > 0.7
     assert myopic["probe_r2"][1][0] < 0.1 and np.abs(myopic["patch_slope"]).max() < 0.1
 
 
-def test_sines_from_command_to_film(tmp_path, monkeypatch, capsys):
+def test_sines_from_records_to_film(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "results" / "demo" / "runs", tmp_path / "runs")
     monkeypatch.setattr(synthetic, "FuncAnimation", Mock(wraps=synthetic.FuncAnimation))
-    tiny = "--preset demo --max_iters 6 --eval_sequences 64 --jobs 1 --n_embd 8 16"
-    flags = [*tiny.split(), "--out_dir", str(tmp_path)]
-    synthetic.main(flags)
+    monkeypatch.setattr(mg, "save_figure", Mock(wraps=mg.save_figure))
+    words = f"--preset demo --plot_only --out_dir {tmp_path}".split()
+    synthetic.main(words)
     assert len(list(tmp_path.glob("precache*"))) == 6
+    myopic, vanilla = mg.read_runs(tmp_path, synthetic.SineRun).values()
     film, frame = synthetic.FuncAnimation.call_args[0]
-    runs = mg.read_runs(tmp_path, synthetic.SineRun).values()
-    (vanilla,) = (run for run in runs if run.arm == "vanilla" and run.n_embd == 16)
-    for n, step, b in ((0, 0, 2.0), (1, 2, 2.7), (3, 6, 4.0)):  # every second point
+    for n in (0, 7, 12):  # every second point of the curve
         frame(n)
-        assert film.texts[-1].get_text() == f"step {step}: the sine is sin({b}·x)"
-        top, _, low, _ = film.axes
-        grid, grey = top.lines[0].get_data()
-        assert np.allclose(grey, np.sin(b * grid), atol=0.1)
-        assert np.array_equal(top.lines[1].get_data(), mg.read_arrays(vanilla)["film"][n])
-        assert np.array_equal(low.lines[1].get_xydata(), vanilla.curve[: step + 1])
-    for path in tmp_path.glob("runs/*.npz"):
-        path.unlink()  # as for seeds of which no arrays are kept
-    synthetic.main([*flags, "--plot_only"])
-    assert capsys.readouterr().out.count("no precache") == 3  # those that need weights
-    assert len(list(tmp_path.glob("precache*"))) == 3
+        step, _ = vanilla.curve[2 * n]
+        b, _, _ = synthetic.curriculum(vanilla, step)
+        assert film.texts[-1].get_text() == f"step {step}: the sine is sin({b:.1f}·x)"
+        for run, top, low in zip((vanilla, myopic), film.axes[:2], film.axes[2:]):
+            grid, grey = top.lines[0].get_data()
+            assert np.allclose(grey, np.sin(b * grid))
+            assert np.array_equal(top.lines[1].get_data(), mg.read_arrays(run)["film"][n])
+            assert low.lines[1].get_xydata().tolist() == run.curve[: 2 * n + 1]
 
-
-def test_pictures_of_trained_models_are_of_their_own_weights(monkeypatch):
-    runs = list(mg.read_runs(ROOT / "results" / "demo", synthetic.SineRun).values())
-    for ax in figure(monkeypatch, synthetic.plot_sequence, runs).axes:
-        true = np.array([bar.get_height() for bar in ax.patches[:12]])
-        vanilla, myopic = (np.abs(line.get_ydata() - true).mean() for line in ax.lines)
-        assert vanilla < 0.25 < myopic
-    axes = figure(monkeypatch, synthetic.plot_gradients, runs).axes
-    for ax, reach in zip(axes, (11, 0)):  # all; its own
+    figures = {c.args[0].name: c.args[1] for c in mg.save_figure.call_args_list}
+    true = []
+    for ax in figures["precache_sequence.png"].axes:  # sines, answers
+        n = len(ax.lines[0].get_xdata())
+        true.append(np.array([bar.get_height() for bar in ax.patches[:n]]))
+        of_vanilla, of_myopic = (np.abs(line.get_ydata() - true[-1]).mean() for line in ax.lines)
+        assert of_vanilla < 0.25 < of_myopic
+    assert [sum(true[0][i - 3 : i]) for i in range(3, n)] == pytest.approx(true[1][3:])  # a = 3
+    for ax, reach in zip(figures["precache_gradients.png"].axes, (11, 0)):  # all; its own
         is_drawn = ~np.ma.getmaskarray(ax.images[0].get_array())
         assert np.array_equal(is_drawn, np.triu(np.tri(12), -reach))  # 0 <= i - j <= reach
+
+    vanilla.npz.write_bytes(b"")
+    synthetic.main(words)
+    gone = re.findall(
+        f"no (precache.*): it takes what .* {vanilla.name()}", capsys.readouterr().out
+    )
+    assert gone == ["precache_sequence.png", "precache_gradients.png", "precache.gif"]
 
 
 # ------------------------ run_all.sh and README
 @pytest.mark.skipif(os.name == "nt", reason="no bash")
 @pytest.mark.parametrize("words, status, said", [("--help", 0, "Set up once"), ("--arm x", 2, "")])
 def test_run_all_from_anywhere_and_with_any_environment(tmp_path, words, status, said):
-    (tmp_path / "project").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "link").symlink_to(ROOT / "run_all.sh")
+    for name in ("synthetic.py", "random.py"):
+        (tmp_path / name).write_text("raise ValueError('of somebody else')")
+    made = sorted(tmp_path.iterdir())
     odd = dict(CDPATH=str(tmp_path), PYTHONOPTIMIZE="2", PYTHONSAFEPATH="1", PYTHONHOME="no_such")
-    odd["MPLBACKEND"] = "no_such"
-    bash = ["bash", "project/run_all.sh", *words.split()]
+    # this python has all packages, so nothing is installed
+    odd |= dict(MPLBACKEND="no_such", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    bash = ["bash", "link", *words.split()]
     done = subprocess.run(bash, cwd=tmp_path, env=os.environ | odd, capture_output=True, text=True)
     assert done.returncode == status and said in done.stdout and "==" not in done.stdout  # a run
     assert "Traceback" not in done.stderr and len(done.stdout.splitlines()) < 8
-    assert [path.name for path in tmp_path.iterdir()] == ["project"]  # nothing is made
+    assert sorted(tmp_path.iterdir()) == made
 
 
 def test_readme_shows_what_its_examples_print(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    shown = re.findall(r"```python\n(import.*?)```(?:\s+```\n(.*?)```)?", README, re.S)
-    for code, printed in shown:
-        exec(code, {})
-        assert capsys.readouterr().out == printed
-    assert len(shown) == 3
+    block = r"^( *)```python\n(.*?)```(?:\s+```\n(.*?)^ *```)?"
+    ran = 0
+    for indent, code, printed in re.findall(block, README, re.S | re.M):
+        if not code.lstrip().startswith("# a fragment"):
+            exec(textwrap.dedent(code), {})
+            assert textwrap.indent(capsys.readouterr().out, indent) == printed
+            ran += 1
+    assert ran == 6
 
 
 def test_commands_of_the_readmes_are_parsed():
@@ -820,15 +833,19 @@ def test_commands_of_the_readmes_are_parsed():
 
 
 def test_numbers_in_the_readmes_are_those_of_the_records(monkeypatch):
-    quick = list(mg.read_runs(ROOT / "results" / "quick", mg.TextRun).values())
-    lags = figure(monkeypatch, mg.plot_lags, quick, "All later readers", 64).get_suptitle()
-    share = re.search(r"(\d+ ± \d+) %", lags)[1]
-    assert f"{share} %" in README and "(97 % if all pairs" in lags
-    for name in ("demo", "quick", "full", "earlier"):
-        for kind, script in ((synthetic.SineRun, synthetic), (mg.TextRun, mg)):
-            runs = list(mg.read_runs(ROOT / "results" / name, kind).values())
-            for row in script.table_rows(runs) if runs else []:
-                is_ablation = name == "earlier" and row[3] == "1"  # of sines, one seed
-                assert is_ablation or f"| {' | '.join(row)} |" in TABLES
+    quick = recorded("quick", mg)
+    lags = figures_of(monkeypatch, mg.plot_lags, Path("x"), quick, "All later readers", 64)
+    title = lags["x"].get_suptitle()
+    share = re.search(r"(\d+ ± \d+) %", title)[1]
+    assert f"{share} %" in README and "(97 % if all pairs" in title
+    for name, script in itertools.product(("demo", "quick", "full", "earlier"), (synthetic, mg)):
+        runs = recorded(name, script)
+        digest = dict(data_sha256=runs[0].data_sha256) if runs and script is mg else {}
+        for row in script.table_rows(runs) if runs else []:
+            is_ablation = name == "earlier" and row[3] == "1"  # of sines, one seed
+            assert is_ablation or f"| {' | '.join(row)} |" in TABLES
+        if name in ("demo", "quick"):  # and a preset's runs are found, under names that last
+            wanted = [replace(run, **digest) for run in script.flags(["--preset", name])[1]]
+            assert {run.name() for run in wanted} <= {run.name() for run in runs}
     shown = [line for line in README.splitlines() if line.startswith("|") and "±" in line]
     assert len(shown) > 3 and set(shown) <= set(TABLES.splitlines())
