@@ -74,8 +74,7 @@ ARMS = {
     "bigram": dict(horizon=0, cut="hidden", past="zero"),
 }
 HORIZONS = [1, 2, 4, 9, 10, 16]
-for h in HORIZONS:
-    ARMS[f"horizon_{h}"] = dict(horizon=h, cut="hidden", past="own")
+ARMS |= {f"horizon_{h}": dict(horizon=h, cut="hidden", past="own") for h in HORIZONS}
 
 
 @dataclass
@@ -446,11 +445,11 @@ def without_dropout(measure):
     """A function of a model: the model evaluates meanwhile, then is as it was."""
 
     @functools.wraps(measure)
-    def measured(model, *args):
+    def measured(model, *args, **more):
         was_training = model.training
         model.eval()
         try:
-            return measure(model, *args)
+            return measure(model, *args, **more)
         finally:
             model.train(was_training)
 
@@ -484,7 +483,7 @@ class Run:
 
     Raises UsageError for a value that a field cannot have."""
 
-    arm: str = setting("vanilla", "see README; horizon_<h>, too", choices=ARMS)
+    arm: str = setting("vanilla", "one of ARMS: see README", choices=ARMS)
     seed: int = setting(0, "of start and batches", most=2**32 - 1)
     block_size: int = setting(64, "positions per sequence, T", least=1)
     n_layer: int = setting(3, "blocks", least=1)
@@ -507,7 +506,7 @@ class Run:
     grad_clip: float = setting(1.0, "largest norm of a gradient; 0: any")
 
     def __post_init__(self):
-        if self.n_head == 0:
+        if self.n_head == 0:  # resolved here, so that a record holds the number
             self.n_head = max(1, self.n_embd // 16)
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata
@@ -586,12 +585,12 @@ class Muon(torch.optim.Optimizer):
 def configure_optimizers(model, run):
     """[AdamW, Muon]. Muon: the blocks' matrices, all of them or attention's (run.muon); of
     AdamW's, matrices and embeddings decay, biases and norms do not."""
-    of_muon = {"all": ".h.", "attn": ".attn.", "none": "no name"}[run.muon]
     by_muon, decaying, others = [], [], []
     for name, p in model.named_parameters():
+        is_muons = dict(all=".h." in name, attn=".attn." in name, none=False)
         if p.dim() < 2:
             others.append(p)
-        elif of_muon in name:
+        elif is_muons[run.muon]:
             by_muon.append(p)
         else:
             decaying.append(p)
@@ -742,6 +741,13 @@ def gradient_tables(model, x, y):
     return torch.stack(rows, dim=1).cpu().numpy()
 
 
+def weight_gradients(d_kv, x):
+    """dk and dv of the first T - lag writers, each (B, nh, T - lag, hs), and x (B, T, C) -> dW_K
+    and dW_V (2, C, C)."""
+    writers = x[:, : d_kv[0].size(2)].flatten(0, 1).float()  # (B (T - lag), C)
+    return torch.stack([merge_heads(d).flatten(0, 1).float().T @ writers for d in d_kv])
+
+
 @without_dropout
 def lag_shares(model, x, y):
     """How much of the gradient of a vanilla model's W_K and W_V comes from readers `lag` later.
@@ -764,22 +770,15 @@ def lag_shares(model, x, y):
         state = state + block.mlp(block.ln_2(state))
         (G,) = torch.autograd.grad(state, out, d_next, retain_graph=True)
 
-        # the gradients g of W_K and W_V: g = sum_j d_j x_j^T, d = dk or dv of all readers
+        # the gradients of W_K and W_V, then their parts: what the readers `lag` later want
         lse = log_sum_exp(q, k, out)
         tensors = [t.detach().to(lse.dtype) for t in (G, q, k, v, out)]
-        rows = x_l.flatten(0, 1).to(lse.dtype)  # (B T, C)
-        towards, norms = [], []
-        for d in torch.autograd.grad(out, (k, v), G):
-            g = merge_heads(d).flatten(0, 1).to(lse.dtype).T @ rows  # (C, C)
-            towards.append(split_heads((rows @ g.T).view_as(x_l), attn.n_head))  # g x_j
-            norms.append(g.square().sum() + 1e-30)
-
-        # <g_lag, g> = sum_j d_lag_j . (g x_j): no (C, C) matrix for each lag
+        whole = weight_gradients(torch.autograd.grad(out, (k, v), G), x_l)  # (2, C, C)
         shares = []
         for lag in range(x.size(1)):
-            d_lag = lag_gradients(lag, *tensors, lse)  # dk, dv: (B, nh, T - lag, hs)
-            parts = zip(d_lag, towards, norms)
-            shares.append([((d * t[:, :, : d.size(2)]).sum() / n).item() for d, t, n in parts])
+            part = weight_gradients(lag_gradients(lag, *tensors, lse), x_l)  # (2, C, C)
+            share = (part * whole).sum((1, 2)) / (whole.square().sum((1, 2)) + 1e-30)  # (2,)
+            shares.append(share.tolist())
         layers.append(np.round(shares, 4).T.tolist())
     return layers
 
@@ -808,8 +807,8 @@ LOOKS = {  # colour, line and marker of an arm
     "untrained": ("#999999", ":", "x"),
 }
 GLOSS = {"vanilla": "vanilla: all losses", "myopic": "myopic: own loss only"}
-for n, h in enumerate(HORIZONS):  # from light to dark
-    LOOKS[f"horizon_{h}"] = (matplotlib.colormaps["viridis"](0.9 - 0.15 * n), "-", "PXdp*h"[n])
+SHADES = ["#bddf26", "#5ec962", "#21918c", "#31688e", "#443983", "#440154"]  # light to dark
+LOOKS |= {f"horizon_{h}": (c, "-", m) for h, c, m in zip(HORIZONS, SHADES, "PXdp*h")}
 
 
 def group_by(runs, *names):
@@ -834,6 +833,11 @@ def extra_settings(runs, *columns):
             if len(group_by(group, f.name)) > 1:
                 names.append(f.name)
     return list(dict.fromkeys(names))
+
+
+def case_of(run, extra):
+    """'3x96, learning_rate 0.01': which of several comparisons."""
+    return ", ".join([run.size, *(f"{name} {getattr(run, name)}" for name in extra)])
 
 
 def mean_sd(values, digits=3):
@@ -878,13 +882,15 @@ def save_figure(path, fig, caption):
     write_whole(path, lambda part: fig.savefig(part, dpi=120))
 
 
+@one_thread()
+@matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
 def draw(plot, path, *data):
     """plot(path, *data), or say why not: an old figure does not stay as if it were new."""
-    path.unlink(missing_ok=True)
     try:
         plot(path, *data)
         print(f"figure {path}")
     except UsageError as error:
+        path.unlink(missing_ok=True)
         print(f"no {path.name}: {error}")
 
 
@@ -976,6 +982,7 @@ def plot_sizes(path, runs):
     fig = Figure(figsize=(7, 3.4), layout="constrained")
     ax = fig.subplots()
     lines, ticks, ends = {}, {}, []
+    require(len(comparisons(runs)) > 1, "it takes several sizes")
     for group in comparisons(runs):  # the smallest first
         run, shares = group[0], shares_of_bigram(group, "myopic")
         require(shares, f"{run.size} has no share of the bigram's gap")
@@ -1013,8 +1020,6 @@ def table_rows(runs, extra=()):
     return rows
 
 
-@one_thread()
-@matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
 def report(runs, folder):
     """The table; then the figures, of the largest model; then the result in a sentence."""
     runs = sorted(runs, key=attrgetter("n_params"))
@@ -1025,26 +1030,30 @@ def report(runs, folder):
     for arm, group in group_by(largest, "arm").items():
         print(f"{arm} writes:", "".join(c if c.isprintable() else " " for c in group[0].sample))
 
+    case = case_of(largest[0], extra)
+    print(f"figures of {case}:")
     draw(plot_gaps, folder / "text_gaps.png", largest)
-    readers = "All later readers", runs[0].block_size
-    draw(plot_lags, folder / "text_lags.png", largest, *readers)
+    draw(plot_lags, folder / "text_lags.png", largest, "All later readers", largest[0].block_size)
     sizes = [run for run in runs if all(getattr(run, n) == getattr(largest[0], n) for n in extra)]
-    if len(sizes) > len(largest):
-        draw(plot_sizes, folder / "text_size.png", sizes)
-    share = shares_of_bigram(largest, "myopic")
-    if share:
-        cost = f"{mean_sd(share, 1)} % of what context is worth"
-        print(f"At {largest[0].size} myopic training loses {cost}: the gap in % of bigram's.")
-    print(f"Open {folder / 'text_gaps.png'} first.")
+    draw(plot_sizes, folder / "text_size.png", sizes)
+    shares = shares_of_bigram(largest, "myopic")
+    if shares:
+        cost = f"{mean_sd(shares, 1)} % of what context is worth"
+        print(f"{case}: myopic training loses {cost}: the gap in % of bigram's.")
+    if (folder / "text_gaps.png").exists():
+        print(f"Open {folder / 'text_gaps.png'} first.")
 
 
 # ------------------------ from here on: running many of them
 def write_whole(path, write):
-    """write(a temporary path), then rename: the file at `path` is whole or not there."""
+    """write(a temporary path), then rename: the file at `path` is whole or not there. Raises
+    UsageError if it cannot be written."""
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         write(part)
         part.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error}; make room, or name another --out_dir") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -1059,7 +1068,7 @@ def read_runs(out_dir, run_class):
         run = run_class()
         try:
             vars(run).update(json.loads(path.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{path}: {error}; delete it, and the run is repeated") from error
         run.npz = path.with_suffix(".npz")
         if run.name() == path.stem:
@@ -1098,7 +1107,7 @@ def train_run(train_one, args, run, report_progress):
     made_by = dict(device=f"{args.device} {machine}", torch=torch.__version__, code=run.code)
     made_by["n_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     made_by["seconds"] = round(time.time() - start, 1)
-    record = json.dumps(asdict(run) | made_by | numbers)
+    record = json.dumps(asdict(run) | made_by | numbers, allow_nan=False)
 
     # the record's presence means done, so it comes last
     path = args.out_dir / "runs" / f"{run.name()}.npz"
@@ -1114,14 +1123,16 @@ def train_run(train_one, args, run, report_progress):
 def work(train_one, args, pipe):
     """A worker: it trains the runs that come through the pipe, and sends back what is to be said,
     until the parent closes it or is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError):
         while True:
-            run = pipe.recv()
+            try:
+                run = pipe.recv()
+            except EOFError:
+                return
             try:
                 ended = train_run(train_one, args, run, lambda *progress: pipe.send(progress))
                 pipe.send(ended)
-            except (UsageError, OSError) as error:
+            except UsageError as error:
                 pipe.send(error)
 
 
@@ -1129,18 +1140,20 @@ def train_side_by_side(train_one, args, runs, report_progress):
     """Train args.jobs runs at once, in processes; yield the line of each as it ends."""
     context = multiprocessing.get_context("spawn")
     waiting, workers = list(runs), {}
-    for _ in runs[: args.jobs]:
-        pipe, end_of_worker = context.Pipe()
-        worker = context.Process(target=work, args=(train_one, args, end_of_worker), daemon=True)
-        worker.start()
-        end_of_worker.close()  # here, so that the pipe ends with the worker
-        pipe.send(waiting.pop(0))
-        workers[pipe] = worker
     try:
+        for _ in runs[: args.jobs]:
+            pipe, end = context.Pipe()
+            worker = context.Process(target=work, args=(train_one, args, end), daemon=True)
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            worker.start()  # it inherits that Ctrl-C is not for it
+            signal.signal(signal.SIGINT, handler)
+            end.close()  # here, so that the pipe ends with the worker
+            workers[pipe] = worker
+            pipe.send(waiting.pop(0))
         while workers:
             for pipe in connection.wait(list(workers)):
                 message = pipe.recv()
-                if isinstance(message, Exception):
+                if isinstance(message, UsageError):
                     raise message
                 if isinstance(message, tuple):
                     report_progress(*message)
@@ -1150,7 +1163,8 @@ def train_side_by_side(train_one, args, runs, report_progress):
                     pipe.send(waiting.pop(0))
                 else:
                     del workers[pipe]
-    except EOFError:
+                    pipe.close()
+    except (EOFError, ConnectionError):
         sys.exit("error: a worker ended: see above, or, for its memory, try a smaller --jobs")
     finally:  # after an error or Ctrl-C, too: nobody waits for the others
         for worker in workers.values():
@@ -1163,6 +1177,7 @@ def train_missing(train_one, runs, args):
     train_one(run, device, report_progress) -> model, numbers of the record, arrays."""
     found = read_runs(args.out_dir, type(runs[0]))
     todo = [run for run in runs if args.fresh or run.name() not in found]
+    todo.sort(key=attrgetter("seed"))  # an interruption leaves comparisons, not an arm alone
     if args.plot_only:
         todo = []
     recorded = sum(run.name() in found for run in runs)
@@ -1180,7 +1195,7 @@ def train_missing(train_one, runs, args):
                 bar.set_postfix_str(text, refresh=False)
                 bar.update(steps)
 
-            if args.jobs == 1:
+            if args.jobs == 1 or len(todo) == 1:
                 ended = (train_run(train_one, args, run, report_progress) for run in todo)
             else:
                 ended = train_side_by_side(train_one, args, todo, report_progress)
@@ -1190,7 +1205,7 @@ def train_missing(train_one, runs, args):
 
     finished = [found[run.name()] for run in runs if run.name() in found]
     require(finished, f"{args.out_dir}: none of these runs: leave out --plot_only")
-    if any(run.code != type(run).code for run in finished):
+    if any(run.code != type(run).code for run in finished):  # the record's, and today's
         print("some were made by other code and are used as they are; --fresh repeats them")
     return finished
 
@@ -1255,7 +1270,7 @@ def no_traceback():
             stream.reconfigure(errors="replace")
     try:
         yield
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -26,7 +26,6 @@ import sys
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-import matplotlib.style
 import numpy as np
 import torch
 import torch.nn as nn
@@ -87,7 +86,8 @@ class SineRun(mg.Run):
         super().__post_init__()
         mg.require(self.n_layer > 1, f"n_layer is {self.n_layer}: the task takes two layers")
         K = lookbacks(self.block_size)
-        mg.require(self.a < K, f"a is {self.a}: make it less than {K}, or block_size larger")
+        T = self.block_size
+        mg.require(self.a < K, f"a is {self.a}: with block_size {T} make it less than {K}")
         first = min(self.b_full, self.p_until)
         mg.require(self.b_hold < first, f"b_hold is {self.b_hold}: make it less than {first}")
         of_text = mg.ARMS[self.arm]["past"] == "frozen"
@@ -174,7 +174,7 @@ class SineModel(mg.GPT):
 
     def forward(self, x, y=None):
         """x (B, T, 2), y (B, T) -> answers (B, T), mean Huber loss (delta 1) or None."""
-        guess = self.answer(self.embed(x), 0)
+        guess = self.answer(self.hidden_states(x)[-1], len(self.transformer.h))  # (B, T)
         return guess, None if y is None else F.huber_loss(guess.to(y.dtype), y)
 
 
@@ -332,13 +332,13 @@ def about(runs):
 
 
 def kept_of(runs, *arms):
-    """[the run of each arm of which arrays are kept]. Raises UsageError if there is none."""
-    kept = []
-    for arm in arms:
-        with_arrays = [run for run in runs if run.arm == arm and run.npz.exists()]
-        mg.require(with_arrays, f"it takes {arm}, and what is kept of its first seed")
-        kept.append(with_arrays[0])
-    return kept
+    """[the run of each arm], of the first seed of which arrays are kept in all these arms."""
+    for group in mg.group_by(runs, "seed").values():
+        kept = {run.arm: run for run in group if run.npz.exists()}
+        if kept.keys() >= set(arms):
+            return [kept[arm] for arm in arms]
+    words = " and ".join(arms)
+    raise mg.UsageError(f"it takes the arrays of {words}, kept of a command's first --seed")
 
 
 def plot_evidence(path, runs):
@@ -486,6 +486,7 @@ def plot_film(path, runs):
         moving.append((mg.read_arrays(run)["film"], curve, sine, read, so_far, now))
     title = fig.text(0.5, 0.99, "", ha="center", va="top")
     grid, points = np.linspace(-2.5, 2.5, 400), film_points(len(kept[0].curve))
+    mg.require(len(moving[0][0]) == len(points), "its frames were kept by other code")
 
     def frame(n):
         step, _ = kept[0].curve[points[n]]
@@ -529,18 +530,18 @@ def table_rows(runs, extra=()):
     return rows
 
 
-@mg.one_thread()
-@matplotlib.style.context("default")  # as in myopic_gpt.py
 def report(runs, folder):
-    """The table; then the figures, of the largest p and the largest model."""
+    """The tables; then the figures, of the largest p and model; then the result in a sentence."""
     runs = sorted(runs, key=attrgetter("p", "n_params"))
     extra = mg.extra_settings(runs, "p", "size")
-    header, rows = [*extra, *COLUMNS], table_rows(runs, extra)
+    # the columns in two tables, each of 80 letters: the last three are of layer 1
+    header, *rows = [[*extra, *COLUMNS], *table_rows(runs, extra)]
     mg.print_table("Who learns it", header[:-3], [row[:-3] for row in rows])
-    inside = [row[:-6] + row[-3:] for row in rows]
-    mg.print_table("What layer 1 holds", header[:-6] + header[-3:], inside)
+    header, *rows = [row[:-6] + row[-3:] for row in (header, *rows)]
+    mg.print_table("What layer 1 holds", header, rows)
     *_, shown = mg.comparisons(runs)
     readers = f"The next {shown[0].a} readers", shown[0].a
+    print(f"figures of p {shown[0].p:g}, {mg.case_of(shown[0], extra)}:")
     mg.draw(plot_evidence, folder / "precache.png", shown)
     mg.draw(plot_patch, folder / "precache_patch.png", shown)
     mg.draw(mg.plot_lags, folder / "precache_lags.png", shown, *readers)

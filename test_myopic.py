@@ -442,7 +442,7 @@ def test_files_are_whole_and_a_record_counts_under_its_own_name(folder):
         raise OSError(28, "No space left on device")
 
     Path("out").mkdir()
-    pytest.raises(OSError, mg.write_whole, Path("out/figure"), fail)
+    pytest.raises(mg.UsageError, mg.write_whole, Path("out/figure"), fail)
     assert not list(Path("out").iterdir())
     call("--arm vanilla")
     (run,) = mg.read_runs("out/demo", mg.TextRun).values()
@@ -573,7 +573,7 @@ def test_what_is_shown_of_english(tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert all(" ".join(row) in out for row in mg.table_rows([*others, *runs], ["warmup"]))
     share = mg.mean_sd(mg.shares_of_bigram(shown, "myopic"), 1)
-    assert f"At 3x128 myopic training loses {share} %" in out and "\x1b" not in out
+    assert f"3x128, warmup 0.05: myopic training loses {share} %" in out and "\x1b" not in out
 
     vanilla = {run.seed: run for run in shown if run.arm == "vanilla"}
     others = [run for run in shown if run.arm != "vanilla"]
