@@ -821,7 +821,7 @@ def group_by(runs, *names):
 
 def comparisons(runs):
     """Lists of runs that differ in arm and seed alone."""
-    names = [f.name for f in fields(runs[0]) if f.name not in ("arm", "seed")]
+    names = {f.name for f in fields(runs[0])} - {"arm", "seed"}
     return list(group_by(runs, *names).values())
 
 
@@ -1034,7 +1034,8 @@ def report(runs, folder):
     print(f"figures of {case}:")
     draw(plot_gaps, folder / "text_gaps.png", largest)
     draw(plot_lags, folder / "text_lags.png", largest, "All later readers", largest[0].block_size)
-    sizes = [run for run in runs if all(getattr(run, n) == getattr(largest[0], n) for n in extra)]
+    settings = "kind", *extra  # in which the models of a line do not differ
+    sizes = group_by(runs, *settings)[attrgetter(*settings)(largest[0])]
     draw(plot_sizes, folder / "text_size.png", sizes)
     shares = shares_of_bigram(largest, "myopic")
     if shares:

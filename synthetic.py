@@ -351,8 +351,8 @@ def plot_evidence(path, runs):
     where = dict(transform=left.get_xaxis_transform(), ha="center", fontsize=8)
     left.text((begin + end) / 2, 0.8, f"b rises from {run.b_start:g} to {run.b:g}", **where)
     for arm, group in mg.group_by(runs, "arm").items():
-        steps = [step for step, _ in group[0].curve]
-        mg.draw_arm(left, arm, steps, [[ratio for _, ratio in run.curve] for run in group])
+        curves = np.array([run.curve for run in group])  # (seeds, points, 2)
+        mg.draw_arm(left, arm, curves[0, :, 0], curves[:, :, 1])
         bars[arm] = [run.probe_r2[1][0] for run in group]
         ends.append(f"{arm} {np.mean([run.ratio for run in group]):.2f}")
     bars["untrained"] = [run.probe_r2_untrained[1][0] for run in runs]
