@@ -226,8 +226,9 @@ def myopic_attention(x, w_qkv, b_qkv, n_head, horizon=0, cut="hidden"):
     """Causal multi-head self-attention, up to its out-projection, with a myopic backward pass.
 
     x (B, T, C); w_qkv (3C, C), b_qkv (3C,) or None, rows in the order q, k, v -> (B, T, C).
-    horizon, cut: see ARMS. Obeys autocast. Raises UsageError for a bad value, RuntimeError under
-    create_graph=True; torch.func refuses it. Source: Wu, Morris, Levine (2024), section 3."""
+    horizon (T - 1 or more is None's), cut: see ARMS. Obeys autocast. Raises UsageError for a bad
+    value, RuntimeError under create_graph=True; torch.func refuses it. Source: Wu, Morris, Levine
+    (2024), section 3."""
     C = x.size(-1)
     shapes = [tuple(t.shape) for t in (x, w_qkv, b_qkv) if t is not None]
     fits = x.dim() == 3 and shapes[1:] in ([(3 * C, C)], [(3 * C, C), (3 * C,)])
@@ -271,7 +272,7 @@ class CausalSelfAttention(nn.Module):
             y = myopic_attention(x, w, b, self.n_head, arm.horizon, arm.cut)  # (B, T, C)
         else:
             q, k, v = heads(x, w, b, self.n_head)  # (B, nh, T, hs)
-            k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)
+            k_past, v_past = torch.zeros_like(k), torch.zeros_like(v)  # (B, nh, T, hs)
             if arm.past == "frozen":
                 require(past_x is not None, "past is 'frozen': that takes a LocalMyopicGPT")
                 _, k_past, v_past = heads(past_x, w, b, self.n_head)
@@ -442,7 +443,7 @@ def windows_of(text, run, device):
 
 
 def without_dropout(measure):
-    """A function of a model: the model evaluates meanwhile, then is as it was."""
+    """A function of a model: the model evaluates meanwhile, and trains again if it did before."""
 
     @functools.wraps(measure)
     def measured(model, *args, **more):
