@@ -821,6 +821,14 @@ def test_readme_shows_what_its_examples_print(monkeypatch, capsys):
     assert ran == 6
 
 
+def test_snippets_of_the_results_print_the_tables_above_them(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for code in re.findall(r"```python\n(# prints the table above\n.*?)```", TABLES, re.S):
+        exec(code, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) > 20 and set(printed) <= set(TABLES.splitlines())
+
+
 def test_commands_of_the_readmes_are_parsed():
     text, scripts = README + TABLES, {"myopic_gpt.py": mg, "synthetic.py": synthetic}
     commands = re.findall(r"`python (\w+\.py)([^`…]*)", text)  # in a line
