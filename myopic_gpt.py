@@ -1025,7 +1025,7 @@ def report(runs, folder):
     """The table; then the figures, of the largest model; then the result in a sentence."""
     runs = sorted(runs, key=attrgetter("n_params"))
     extra = extra_settings(runs, "size")
-    print_table("English, nats per byte", [*extra, *COLUMNS], table_rows(runs, extra))
+    print_table("Text, nats per byte", [*extra, *COLUMNS], table_rows(runs, extra))
     print("gap: loss − vanilla's of the same seed; needs: % of its steps that vanilla needs for it")
     *_, largest = comparisons(runs)
     for arm, group in group_by(largest, "arm").items():

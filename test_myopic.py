@@ -276,6 +276,17 @@ def test_bad_values_are_refused_and_good_ones_act():
         assert mg.ARMS[f"horizon_{h}"] == mg.ARMS["myopic"] | {"horizon": h}
 
 
+def test_generate_takes_the_best_in_half_precision_and_shapes_alone_are_enough():
+    model, idx = mg.GPT(mg.GPTConfig(4, 50304, 1, 1, 8)).half(), torch.zeros(2, 3, dtype=torch.long)
+    logits, _ = model(idx)
+    for settings in (dict(top_k=1), dict(temperature=1e-6, top_k=2)):
+        assert torch.equal(model.generate(idx, 1, **settings)[:, -1], logits[:, -1].argmax(-1))
+    torch.nn.init.zeros_(model.lm_head.weight)  # all are equal: two of them are kept
+    assert len({model.generate(idx, 1, top_k=2)[0, -1].item() for _ in range(40)}) == 2
+    x, w = torch.empty(2, 5, 8, device="meta"), torch.empty(24, 8, device="meta")
+    assert mg.myopic_attention(x, w, None, 2).shape == x.shape
+
+
 # ------------------------ text and training
 @pytest.mark.parametrize("muon, clip", [("all", 0.1), ("attn", 0)])
 def test_training_is_torchs(monkeypatch, muon, clip):
@@ -402,9 +413,11 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch
     monkeypatch.setattr(mg, "report", Mock())
     arms = "--arm vanilla horizon_1 bigram local_myopic"
     torch.set_num_threads(2)  # a run takes one all the same
+    torch.set_float32_matmul_precision("medium")
     records = call(arms)
     assert len({record["n_params"] for record in records.values()}) == 1  # the teacher is no part
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2 and torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)
     assert call(arms) == records and mg.train.call_count == 5  # a teacher is the fifth
     assert call(f"{arms} --jobs 2", "two") == records  # in other processes: not counted
@@ -720,6 +733,7 @@ def test_a_sine_model_starts_the_same_in_every_arm_with_positions_as_waves():
 
 def test_lag_shares_and_tables_are_parts_of_the_gradient():
     model, xy = make_gpt(dropout=0.5), batch(8)
+    xy[1][0, ::3] = -1  # no target
     shares, tables = mg.lag_shares(model, *xy), mg.gradient_tables(model, *xy)
     assert model.training  # as before, but measured without dropout
     states = model.eval().hidden_states(xy[0])
@@ -792,6 +806,26 @@ def test_sines_from_records_to_film(tmp_path, monkeypatch, capsys):
 
 
 # ------------------------ run_all.sh and README
+@pytest.mark.skipif(os.name == "nt", reason="no bash")
+def test_run_all_installs_into_venv_whatever_pip_is_told(tmp_path):
+    # a python that has no packages; its venv is another such, and its pip says what it is told
+    fake = tmp_path / "python3"
+    fake.write_text(
+        '#!/bin/sh\ncase "$2" in\n'
+        "venv) mkdir -p $3/bin; cp $0 $3/bin/python;;\n"
+        "pip) echo pip $0 user=$PIP_USER target=$PIP_TARGET; exit 3;;\n"
+        '"import sys"*) exit 0;;\n*) exit 1;;\nesac\n'
+    )
+    fake.chmod(0o755)
+    shutil.copy(fake, tmp_path / "python")
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    env = dict(PATH=f"{tmp_path}:/usr/bin:/bin", PIP_USER="1", PIP_TARGET="elsewhere")
+    bash = ["bash", str(tmp_path / "run_all.sh")]
+    done = subprocess.run(bash, env=env, capture_output=True, text=True)
+    venv = tmp_path / ".venv" / "bin" / "python"
+    assert done.returncode == 3 and f"pip {venv} user=0 target=\n" in done.stdout, done.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no bash")
 @pytest.mark.parametrize("words, status, said", [("--help", 0, "Set up once"), ("--arm x", 2, "")])
 def test_run_all_from_anywhere_and_with_any_environment(tmp_path, words, status, said):
