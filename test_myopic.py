@@ -188,8 +188,9 @@ def test_it_holds_under_checkpointing_compile_and_autocast():
         ways.append(functools.partial(checkpoint, attention, use_reentrant=reentrant))
     for way in ways:
         assert_agree(attention_gradients(way, leaves, dy), true, 1e-12)
-    leaves, dy = attention_inputs(dtype=torch.float32)
     under_autocast = torch.autocast("cpu", torch.bfloat16)(attention)
+    assert under_autocast(*leaves).dtype == torch.float64  # which autocast leaves alone
+    leaves, dy = attention_inputs(dtype=torch.float32)
     got = attention_gradients(under_autocast, leaves, dy.bfloat16())
     assert [t.dtype for t in got.values()] == [torch.bfloat16] + 3 * [torch.float32]
     assert_agree(got, true, 0.03)
@@ -218,7 +219,12 @@ def test_nanogpts_weights_load_and_its_start_values():
     layers |= {"wte": (11, 12), "wpe": (8, 12)}
     state |= {f"transformer.{n}.weight": torch.randn(shape) for n, shape in layers.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    make_gpt(n_layer=1, n_head=3).load_state_dict(state, strict=True)
+    model, x = make_gpt(n_layer=1, n_head=3, dropout=0.5), torch.randn(2, 3, 12).double()
+    model.load_state_dict(state, strict=True)
+    block = model.transformer.h[0]
+    assert torch.equal(block.mlp.gelu(x), F.gelu(x))  # not the approximate one
+    for part in (model.transformer.drop, block.attn, block.mlp):  # each drops out
+        assert not torch.equal(part(x), part(x))
     for name, p in mg.GPT(mg.GPTConfig(64, 200, 8, 2, 128)).named_parameters():
         std = 0.005 if name.endswith("c_proj.weight") else 0.02  # 0.02 / sqrt(2 * 8 layers)
         assert p.dim() == 1 or p.std().item() == pytest.approx(std, rel=0.1), name
@@ -281,6 +287,10 @@ def test_generate_takes_the_best_in_half_precision_and_shapes_alone_are_enough()
     logits, _ = model(idx)
     for settings in (dict(top_k=1), dict(temperature=1e-6, top_k=2)):
         assert torch.equal(model.generate(idx, 1, **settings)[:, -1], logits[:, -1].argmax(-1))
+    torch.manual_seed(0)
+    drawn = (logits[:, -1].float() / 0.1).softmax(-1).multinomial(1)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(idx, 1, temperature=0.1)[:, -1:], drawn)
     torch.nn.init.zeros_(model.lm_head.weight)  # all are equal: two of them are kept
     assert len({model.generate(idx, 1, top_k=2)[0, -1].item() for _ in range(40)}) == 2
     x, w = torch.empty(2, 5, 8, device="meta"), torch.empty(24, 8, device="meta")
@@ -327,18 +337,20 @@ def test_text_is_split_between_paragraphs_and_each_of_english_is_there_once(tmp_
     train, held_out = (part.decode() for part in mg.load_text([file]))
     assert train == "the cat, the dög.\n\n" * 180 + "the cat, the dög."
     assert held_out == "\n\nthe cat, the dög." * 19 + "\n\n"
+    assert b"".join(mg.load_text([file, file])).count(b"cat") == 400
     train, held_out = (set(part.split(b"\n\n")) for part in mg.load_text([]))
     assert len(train) > 5000 and len(held_out) > 500 and train & held_out <= {b""}
 
 
 def test_the_numbers_of_a_record_are_of_the_right_text():
     text = b"d" * 40, bytes(range(40))
-    run = mg.TextRun(block_size=3, max_iters=20, eval_windows=5, dropout=0.5)
+    run = mg.TextRun(block_size=3, max_iters=20, eval_windows=5000, dropout=0.5)
     model, numbers, arrays = mg.train_text(text, run, "cpu", Mock())
     held_out = torch.tensor(list(text[1])).unfold(0, 4, 1)  # (37, T + 1)
-    y = held_out[::9, 1:]  # 5 evenly spaced ones
-    true = F.cross_entropy(model(held_out[::9, :-1])[0].mT, y, reduction="none").detach()  # (5, T)
-    assert np.allclose(arrays["losses"], true) and np.array_equal(arrays["y"], y)
+    spaced = held_out[torch.linspace(0, 36, 5000, dtype=torch.float64).long()]  # in two parts
+    y = spaced[:, 1:]
+    true = F.cross_entropy(model(spaced[:, :-1])[0].mT, y, reduction="none").detach()  # (5000, T)
+    assert np.allclose(arrays["losses"], true[:64]) and np.array_equal(arrays["y"], y[:64])
     assert numbers["loss_by_position"] == pytest.approx(true.mean(0).tolist())
     step, train_loss, val_loss = numbers["curve"][-1]
     assert step == 20 and train_loss == numbers["train_loss"] < 1
@@ -408,7 +420,7 @@ def call(words, out="out/demo"):
     return {name: vars(run) | dict(seconds=0, npz=None) for name, run in found.items()}
 
 
-def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch):
+def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch, capsys):
     monkeypatch.setattr(mg, "train", Mock(wraps=mg.train))
     monkeypatch.setattr(mg, "report", Mock())
     arms = "--arm vanilla horizon_1 bigram local_myopic"
@@ -420,6 +432,13 @@ def test_runs_are_trained_once_and_are_the_same_for_any_jobs(folder, monkeypatch
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)
     assert call(arms) == records and mg.train.call_count == 5  # a teacher is the fifth
+    out = capsys.readouterr().out
+    assert "4 of 4 runs are recorded" in out and "other code" not in out
+    (path,) = Path("out/demo/runs").glob("text-bigram*.json")
+    path.write_text(path.read_text().replace(mg.TextRun.code, "another1"))
+    call("--arm vanilla bigram")
+    out = capsys.readouterr().out
+    assert "2 of 2 runs are recorded" in out and "made by other code" in out
     assert call(f"{arms} --jobs 2", "two") == records  # in other processes: not counted
     assert call("--arm vanilla bigram --fresh") == records and mg.train.call_count == 7
 
@@ -553,7 +572,12 @@ def assert_lags_drawn(figure, runs, last):
     for line, when in zip(ax.lines[1:], ("start", "end"), strict=True):
         mean = np.mean([run.lag_share[when][-1][1] for run in vanilla], axis=0)
         assert line.get_ydata() == pytest.approx(mean)
-    assert f": {100 * mean[1 : last + 1].sum():.0f} ± " in figure.get_suptitle()
+    title, T = figure.get_suptitle(), len(mean)
+    pairs = sum(T - lag for lag in range(1, min(last, T - 1) + 1)) / (T * (T + 1) / 2)
+    assert (
+        f": {100 * mean[1 : last + 1].sum():.0f} ± " in title and f"({100 * pairs:.0f} %" in title
+    )
+    assert mg.seeds_of(runs) == "mean and range of 3 seeds"
 
 
 def test_what_vanilla_needs_and_letters_of_a_table(capsys):
@@ -601,11 +625,16 @@ def test_what_is_shown_of_english(tmp_path, monkeypatch, capsys):
     left, right = figures["text_gaps.png"].axes
     assert_drawn(left, others, [step for step, _, _ in shown[0].curve], curve_of)
     assert_drawn(right, others, range(7), bins_of)
+    assert [t.get_text() for t in right.get_xticklabels()] == ["0", "1", "2", "4", "8", "16", "32"]
+    gap = mg.mean_sd(list(mg.gaps(shown, "myopic").values()), 2)
+    assert f"myopic {gap}" in figures["text_gaps.png"].get_suptitle()
     band = left.collections[0].get_paths()[0].get_extents()  # of all seeds
     curves = [curve_of(run) for run in others if run.arm == others[0].arm]
     assert (band.ymin, band.ymax) == pytest.approx((np.min(curves), np.max(curves)))
     assert_lags_drawn(figures["text_lags.png"], shown, 64)
 
+    assert figures["text_size.png"].get_suptitle().endswith(f"{share} % at 3x128")
+    assert len(mg.comparisons([shown[0], replace(shown[0], data_sha256="another text")])) == 2
     (ax,), depths = figures["text_size.png"].axes, {}
     runs.sort(key=attrgetter("n_params"))
     for line, of_size in zip(ax.lines, mg.group_by(runs, "n_layer", "n_params").items()):
@@ -622,12 +651,25 @@ def test_what_is_shown_of_sines(tmp_path, monkeypatch, capsys, name):
     runs.sort(key=attrgetter("p", "n_embd"), reverse=True)
     for run in runs:
         run.npz = Path("none")
-    figures = figures_of(monkeypatch, synthetic.report, runs, tmp_path)
+    others = [
+        copy.copy(run) for run in runs if (run.p, run.n_embd) == (runs[-1].p, runs[-1].n_embd)
+    ]
+    for run in others:
+        run.warmup = 0.5  # never averaged with the rest
+    figures = figures_of(monkeypatch, synthetic.report, [*others, *runs], tmp_path)
     out = " ".join(capsys.readouterr().out.split())
-    for row in synthetic.table_rows(runs):
-        assert " ".join(row[:-3]) in out and " ".join(row[:4] + row[-3:]) in out
+    for row in synthetic.table_rows([*others, *runs], ["warmup"]):
+        assert " ".join(row[:-3]) in out and " ".join(row[:5] + row[-3:]) in out
 
     shown = [run for run in runs if (run.p, run.n_embd) == (runs[0].p, runs[0].n_embd)]
+    for run in shown:
+        run.npz = (
+            ROOT / "README.md"
+            if (run.arm, run.seed) in (("vanilla", 0), ("myopic", 1))
+            else run.npz
+        )
+    with pytest.raises(mg.UsageError):  # what is kept is of different seeds
+        synthetic.kept_of(shown, "vanilla", "myopic")
     left, right = figures["precache.png"].axes
     steps, _ = zip(*shown[0].curve)
     assert_drawn(left, shown, steps, lambda run: [ratio for _, ratio in run.curve])
@@ -637,7 +679,11 @@ def test_what_is_shown_of_sines(tmp_path, monkeypatch, capsys, name):
         assert f"{arm} {np.mean([run.ratio for run in group]):.2f}" in out.rpartition("Loss, if")[2]
     for line, bar, values in zip(right.lines, right.patches, bars, strict=True):
         assert list(line.get_ydata()) == values and bar.get_height() == np.mean(values)
+    arms = list(mg.group_by(shown, "arm"))
+    assert [t.get_text() for t in right.get_xticklabels()] == [*arms, "untrained"]
+    assert f"figures of p {shown[0].p:g}, {shown[0].size}, warmup 0.05:" in out
     (ax,) = figures["precache_patch.png"].axes
+    assert (ax.patches[0].get_x(), ax.patches[0].get_width()) == (0.5, 10)  # the answers of a = 10
     assert_drawn(ax, shown, range(16), attrgetter("patch_slope"))
     assert_lags_drawn(figures["precache_lags.png"], shown, 10)
 
@@ -712,6 +758,8 @@ def test_sines_are_trained_and_measured_on_the_right_draws(monkeypatch):
             wanted |= {(10001, b, p), (10002, b, p)}
     assert drawn == wanted
     assert len(arrays["film"]) == len(synthetic.film_points(len(numbers["curve"])))
+    _, x, estimate = synthetic.probe_model(model, run, 256, "cpu")
+    assert np.allclose(arrays["film"][-1], [x[:300], estimate[:300]], atol=1e-5)
     x, y = synthetic.sample_task(run, 64, synthetic.EVALUATION)
     for when, measured in (("start", synthetic.make_model(run)), ("end", model)):
         assert numbers["lag_share"][when] == mg.lag_shares(measured, x, y)
@@ -753,7 +801,8 @@ def test_lag_shares_and_tables_are_parts_of_the_gradient():
             true = ((after - before) * whole).sum((1, 2)) / whole.square().sum((1, 2))
             assert [shares[layer][n][lag] for n in (0, 1)] == pytest.approx(true.tolist(), abs=1e-4)
     assert np.allclose(mg.lag_shares(model.bfloat16(), *xy), shares, atol=0.03)
-    pytest.raises(mg.UsageError, mg.lag_shares, make_gpt(horizon=0), *xy)
+    for settings in (dict(horizon=0), dict(past="zero")):
+        pytest.raises(mg.UsageError, mg.lag_shares, make_gpt(**settings), *xy)
 
 
 def test_vanilla_plans_ahead_and_myopic_does_not():
