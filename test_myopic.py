@@ -468,7 +468,7 @@ def test_old_arrays_and_figures_do_not_stay(folder, capsys, monkeypatch):
     assert not list(Path("out/demo").glob("*.png")) and capsys.readouterr().err == ""
 
 
-def test_files_are_whole_and_a_record_counts_under_its_own_name(folder):
+def test_files_are_whole_and_a_record_counts_under_its_own_name(folder, monkeypatch):
     def fail(part):
         part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -476,8 +476,10 @@ def test_files_are_whole_and_a_record_counts_under_its_own_name(folder):
     Path("out").mkdir()
     pytest.raises(mg.UsageError, mg.write_whole, Path("out/figure"), fail)
     assert not list(Path("out").iterdir())
+    monkeypatch.setattr(mg, "time", SimpleNamespace(time=itertools.count(0, 90).__next__))
     call("--arm vanilla")
     (run,) = mg.read_runs("out/demo", mg.TextRun).values()
+    assert run.seconds == 90
     run.npz.write_bytes(run.npz.read_bytes()[:-99])
     pytest.raises(mg.UsageError, mg.read_arrays, run)
     path = run.npz.with_suffix(".json")
