@@ -275,18 +275,13 @@ def huber_losses(model, x, y, p):
 
 
 # ------------------------ one run
-def film_points(n):
-    """Which of n points of a curve have a frame in the film: every second, and the last."""
-    return sorted({*range(0, n, 2), n - 1})
-
-
 def train_sine(run, device, report_progress):
     """Train one model -> the model, the numbers of its record, arrays for pictures."""
     model = make_model(run).to(device)
     x, y = sample_task(run, run.eval_sequences, EVALUATION, device)
     batches = torch.Generator().manual_seed(TRAINING + run.seed)
     r2_untrained, _, _ = probe_model(model, run, len(x), device)
-    curve, film, lag_share = [], [], {}
+    curve, film, film_steps, lag_share = [], [], [], {}
 
     def next_batch(step):  # the same in every arm
         b, p, x_std = curriculum(run, step)
@@ -300,9 +295,10 @@ def train_sine(run, device, report_progress):
             now = replace(run, b=b, p=p)
             part = sample_task(now, min(512, run.eval_sequences), EVALUATION, device)
             curve.append([done, huber_losses(model, *part, p)["ratio"]])
-            if len(curve) % 2 == 1 or done == run.max_iters:  # see film_points
+            if len(curve) % 2 == 1 or done == run.max_iters:  # every second has a frame
                 _, film_x, estimate = probe_model(model, now, 256, device)
                 film.append([film_x[:300], estimate[:300]])
+                film_steps.append(done)
 
     if run.arm == "vanilla":
         lag_share["start"] = mg.lag_shares(model, x[:128], y[:128])
@@ -319,7 +315,8 @@ def train_sine(run, device, report_progress):
         curve=curve,
         lag_share=lag_share,
     )
-    return model, numbers, dict(film=np.array(film, dtype=np.float32))  # (frames, 2, 300)
+    film = np.array(film, dtype=np.float32)  # (frames, 2, 300)
+    return model, numbers, dict(film=film, film_steps=np.array(film_steps))
 
 
 # ------------------------ figures, of runs that differ in arm and seed alone
@@ -456,9 +453,9 @@ def plot_gradients(path, runs):
 def plot_film(path, runs):
     """What the probe reads in layer 1 while both models train, and the losses."""
     kept = kept_of(runs, *TWO_ARMS)
-    fig = Figure(figsize=(8.4, 5), dpi=80, layout="constrained")
-    fig.suptitle(" ")
+    fig = Figure(figsize=(8.4, 5), dpi=80)
     axes = fig.subplots(2, 2)
+    fig.subplots_adjust(left=0.1, right=0.98, bottom=0.1, top=0.87, hspace=0.45)
     for (top, low), run in zip(axes.T, kept):
         top.set(title=mg.GLOSS[run.arm], xlabel="x", xlim=(-2.5, 2.5), ylim=(-1.5, 1.5))
         low.plot(*np.transpose(run.curve), color="#dddddd")
@@ -470,7 +467,6 @@ def plot_film(path, runs):
     still = io.BytesIO()
     fig.savefig(still, format="rgba")
     width, height = fig.canvas.get_width_height()
-    fig.set_layout_engine("none")
     fig.figimage(np.frombuffer(still.getvalue(), np.uint8).reshape(height, width, 4), zorder=-1)
     moving = []
     for (top, low), run in zip(axes.T, kept):
@@ -485,20 +481,19 @@ def plot_film(path, runs):
         curve = np.transpose(run.curve)  # (2, points): steps, losses
         moving.append((mg.read_arrays(run)["film"], curve, sine, read, so_far, now))
     title = fig.text(0.5, 0.99, "", ha="center", va="top")
-    grid, points = np.linspace(-2.5, 2.5, 400), film_points(len(kept[0].curve))
-    mg.require(len(moving[0][0]) == len(points), "its frames were kept by other code")
+    grid, steps = np.linspace(-2.5, 2.5, 400), mg.read_arrays(kept[0])["film_steps"]
 
     def frame(n):
-        step, _ = kept[0].curve[points[n]]
+        step = steps[n]
         b, _, _ = curriculum(kept[0], step)
         title.set_text(f"step {step}: the sine is sin({b:.1f}·x)")
         for film, curve, sine, read, so_far, now in moving:
             sine.set_data(grid, np.sin(b * grid))
             read.set_data(*film[n])
-            so_far.set_data(*curve[:, : points[n] + 1])
+            so_far.set_data(*curve[:, curve[0] <= step])
             now.set_xdata([step, step])
 
-    frames = [*range(len(points)), *3 * [len(points) - 1]]  # two seconds of the end
+    frames = [*range(len(steps)), *3 * [len(steps) - 1]]  # two seconds of the end
     film = FuncAnimation(fig, frame, frames=frames)
     mg.write_whole(path, lambda part: film.save(part, writer=PillowWriter(fps=2)))
 
