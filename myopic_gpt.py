@@ -519,7 +519,7 @@ class Run:
                 setattr(self, f.name, f.type(value))  # equal runs have one name: 1 is 1.0
             elif limits:
                 choices = ", ".join(limits["choices"])
-                require(value in limits["choices"], f"{f.name} is {value}: choose from {choices}")
+                require(value in limits["choices"], f"{f.name} is {value!r}: choose from {choices}")
         self.config(1)  # refuses a bad shape
 
     def config(self, vocab_size):
@@ -574,10 +574,9 @@ class Muon(torch.optim.Optimizer):
             for W in group["params"]:
                 if W.grad is None:
                     continue
-                state = self.state[W]
-                if not state:
-                    state["momentum"] = torch.zeros_like(W)
-                M = state["momentum"].lerp_(W.grad, 0.05)
+                if W not in self.state:
+                    self.state[W]["momentum"] = torch.zeros_like(W)
+                M = self.state[W]["momentum"].lerp_(W.grad, 0.05)
                 U = orthogonalize(W.grad.lerp(M, 0.95))
                 W.mul_(1 - lr * weight_decay)
                 W.add_(U, alpha=-lr * 0.2 * math.sqrt(max(W.shape)))
@@ -598,10 +597,8 @@ def configure_optimizers(model, run):
     groups = [dict(params=decaying), dict(params=others, weight_decay=0)]
     rates = dict(lr=run.learning_rate, weight_decay=run.weight_decay)
     adamw = torch.optim.AdamW(groups, **rates, betas=(run.beta1, run.beta2), fused=True)
-    if not by_muon:
-        return [adamw]
-    rates = dict(lr=run.muon_rate, weight_decay=run.muon_decay)
-    return [adamw, Muon(by_muon, **rates)]
+    groups = [dict(params=by_muon)]  # of none, too
+    return [adamw, Muon(groups, lr=run.muon_rate, weight_decay=run.muon_decay)]
 
 
 def train(model, run, next_batch, after_step, report_progress):
@@ -828,12 +825,9 @@ def comparisons(runs):
 
 def extra_settings(runs, *columns):
     """Names of settings that vary where the columns of a table do not: each gets a column, too."""
-    names = []
-    for group in group_by(runs, *columns, "arm", "seed").values():
-        for f in fields(group[0]):
-            if len(group_by(group, f.name)) > 1:
-                names.append(f.name)
-    return list(dict.fromkeys(names))
+    columns = *columns, "arm", "seed"
+    count = len(group_by(runs, *columns))
+    return [f.name for f in fields(runs[0]) if len(group_by(runs, *columns, f.name)) > count]
 
 
 def case_of(run, extra):
@@ -1101,7 +1095,6 @@ def train_run(train_one, args, run, report_progress):
     start = time.time()
     with one_thread(args.device):
         model, numbers, arrays = train_one(run, args.device, report_progress)
-    ended = f"{run.arm:>12}, seed {run.seed}: {run.headline} {numbers[run.headline]:.3f}"
 
     machine = platform.machine()
     if args.device == "cuda":
@@ -1119,21 +1112,17 @@ def train_run(train_one, args, run, report_progress):
             arrays[f"weights.{name}"] = weight.half().cpu().numpy()
         write_whole(path, lambda part: np.savez_compressed(part, **arrays))
     write_whole(path.with_suffix(".json"), lambda part: part.write_text(record, "utf-8"))
-    return ended
+    return f"{run.arm:>12}, seed {run.seed}: {run.headline} {numbers[run.headline]:.3f}"
 
 
 def work(train_one, args, pipe):
     """A worker: it trains the runs that come through the pipe, and sends back what is to be said,
     until the parent closes it or is no more."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
+            run = pipe.recv()
             try:
-                run = pipe.recv()
-            except EOFError:
-                return
-            try:
-                ended = train_run(train_one, args, run, lambda *progress: pipe.send(progress))
-                pipe.send(ended)
+                pipe.send(train_run(train_one, args, run, lambda *progress: pipe.send(progress)))
             except UsageError as error:
                 pipe.send(error)
 
@@ -1141,9 +1130,9 @@ def work(train_one, args, pipe):
 def train_side_by_side(train_one, args, runs, report_progress):
     """Train args.jobs runs at once, in processes; yield the line of each as it ends."""
     context = multiprocessing.get_context("spawn")
-    waiting, workers = list(runs), {}
+    waiting, workers = runs[args.jobs :], {}
     try:
-        for _ in runs[: args.jobs]:
+        for run in runs[: args.jobs]:
             pipe, end = context.Pipe()
             worker = context.Process(target=work, args=(train_one, args, end), daemon=True)
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1151,7 +1140,7 @@ def train_side_by_side(train_one, args, runs, report_progress):
             signal.signal(signal.SIGINT, handler)
             end.close()  # here, so that the pipe ends with the worker
             workers[pipe] = worker
-            pipe.send(waiting.pop(0))
+            pipe.send(run)
         while workers:
             for pipe in connection.wait(list(workers)):
                 message = pipe.recv()
@@ -1218,48 +1207,44 @@ def parse_flags(doc, run_class, presets, argv, more):
     combinations, each once.
 
     presets: {name: {setting: value or list of values}}; more: {flag: what argparse takes}."""
-    quiet = dict(usage=argparse.SUPPRESS, allow_abbrev=False)  # so that an error is one line
-    first = argparse.ArgumentParser(add_help=False, **quiet)
-    sizes = "demo: seconds; quick: a laptop (default); full: a GPU"
-    first.add_argument("--preset", choices=presets, default="quick", help=sizes)
-    preset = presets[first.parse_known_args(argv)[0].preset]
-
-    # what is given by hand overrides the preset, and the preset the class's defaults
-    settings = {}
-    for f in fields(run_class):
-        values = preset.get(f.name, f.default)
-        settings[f.name] = values if isinstance(values, list) else [values]
     parser = argparse.ArgumentParser(
-        parents=[first],
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        add_help=False,  # until all flags are there
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        **quiet,
     )
     add = parser.add_argument
+    sizes = "demo: seconds; quick: a laptop (default); full: a GPU"
+    add("--preset", choices=presets, default="quick", help=sizes)
     devices = [name for name in ("cuda", "cpu", "mps") if getattr(torch, name).is_available()]
     add("--device", choices=devices, default=devices[0], help="CUDA if there is one, or the CPU")
-    add("--jobs", type=int, help="runs side by side (CPU cores; on a GPU 1)")
-    add("--out_dir", type=Path, help="for results and figures (out/<preset>)")
+    given, _ = parser.parse_known_args(argv)  # the defaults of others depend on these two
+
+    cores = min(61, torch.get_num_threads()) if given.device == "cpu" else 1
+    add("--jobs", type=int, default=cores, help="runs side by side (CPU cores; on a GPU 1)")
+    folder = Path("out", given.preset)
+    add("--out_dir", type=Path, default=folder, help="for results and figures (out/<preset>)")
     add("--fresh", action="store_true", help="train recorded runs again")
     add("--plot_only", action="store_true", help="train nothing, draw what is recorded")
+    add("-h", "--help", action="help", help="show this help message and exit")
     for flag, how in more.items():
         add(flag, **how)
     lines = ["settings, each a flag of one or more values; the runs are all combinations:"]
     for f in fields(run_class):
         if f.metadata:
-            values = settings[f.name]
-            how = dict(type=f.type, nargs="+", default=values, help=argparse.SUPPRESS)
-            add(f"--{f.name}", choices=f.metadata["choices"], **how)
+            # a flag overrides the preset, and the preset the class's default
+            values = presets[given.preset].get(f.name, f.default)
+            if not isinstance(values, list):
+                values = [values]
+            add(f"--{f.name}", type=f.type, nargs="+", default=values, help=argparse.SUPPRESS)
             lines.append(f"  --{f.name:<15} {f.metadata['help']} ({' '.join(map(str, values))})")
     parser.epilog = "\n".join(lines)
     words = (doc or "").splitlines()  # python -OO has no docstrings
     parser.description = "\n".join(line for line in words if line.startswith("    python "))
     args = parser.parse_args(argv)
-    args.out_dir = args.out_dir or Path("out", args.preset)
-    if args.jobs is None:
-        args.jobs = min(61, torch.get_num_threads()) if args.device == "cpu" else 1
     require(1 <= args.jobs <= 61, f"jobs is {args.jobs}: give a number from 1 to 61")
 
-    values = [getattr(args, name, of_preset) for name, of_preset in settings.items()]
+    values = [getattr(args, f.name, [f.default]) for f in fields(run_class)]
     runs = [run_class(*combination) for combination in itertools.product(*values)]
     return args, list({run.name(): run for run in runs}.values())
 

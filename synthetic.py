@@ -186,54 +186,47 @@ def make_model(run):
 
 # ------------------------ measurements
 @torch.no_grad()
-def probe_rows(model, x):
-    """A row for each position that has K inputs so far, its own included.
+@mg.without_dropout
+def probe_rows(model, run, count, seed, device):
+    """A row for each position of `count` sequences that has K inputs so far, its own included.
 
-    x (B, T, 2) -> residual stream (L + 1, rows, C), past inputs x_{n-i} (rows, K); float64, CPU."""
-    T = x.size(1)
-    K = lookbacks(T)
+    -> residual stream (L + 1, rows, C), past inputs x_{n-i} (rows, K), their sines; float64."""
+    x, _ = sample_task(run, count, seed, device)
+    K = lookbacks(run.block_size)
     states = torch.stack(model.hidden_states(x))[:, :, K - 1 :].flatten(1, 2)  # (L + 1, rows, C)
-    past = torch.stack([x[:, K - 1 - i : T - i, 0] for i in range(K)], dim=-1)  # (B, T - K + 1, K)
-    return states.cpu().double(), past.flatten(0, 1).cpu().double()
+    past = x[..., 0].unfold(1, K, 1).flip(-1).flatten(0, 1).cpu().double()  # (rows, K)
+    return states.cpu().double(), past, torch.sin(run.b * past)
 
 
-def fit_probe(states, targets):
-    """Ridge regression of targets (rows, K) on states (rows, C) -> a function of states."""
-    mean, scale, centre = states.mean(0), states.std(0) + 1e-9, targets.mean(0)
-    X = (states - mean) / scale  # (rows, C)
-    penalty = 1e-3 * len(X) * torch.eye(X.size(1), dtype=X.dtype)
-    weights = torch.linalg.solve(X.T @ X + penalty, X.T @ (targets - centre))  # (C, K)
+def fit_probes(model, run, count, device):
+    """Ridge regressions of sin(b x_{n-i}) on the states of each layer, 0 the embedding, l that
+    after block l; fitted on `count` sequences of their own.
+
+    -> a function: states (L + 1, rows, C) -> what is read in them (L + 1, rows, K)."""
+    states, _, sines = probe_rows(model, run, count, EVALUATION + 1, device)
+    mean, scale = states.mean(1, keepdim=True), states.std(1, keepdim=True) + 1e-9  # (L + 1, 1, C)
+    X = (states - mean) / scale  # (L + 1, rows, C)
+    centre = sines.mean(0)  # (K,)
+    penalty = 1e-3 * X.size(1) * torch.eye(X.size(2), dtype=X.dtype)
+    weights = torch.linalg.solve(X.mT @ X + penalty, X.mT @ (sines - centre))  # (L + 1, C, K)
 
     def read(states):
-        return (states - mean) / scale @ weights + centre  # (rows, K)
+        return (states - mean) / scale @ weights + centre
 
     return read
 
 
-@mg.without_dropout
-def fit_probes(model, run, count, device):
-    """For each layer, 0 the embedding, l that after block l: a function that reads sin(b x_{n-i})
-    in states (rows, C) -> (rows, K). Fitted on `count` sequences of their own."""
-    x, _ = sample_task(run, count, EVALUATION + 1, device)
-    states, past = probe_rows(model, x)
-    return [fit_probe(X, torch.sin(run.b * past)) for X in states]
-
-
-@mg.without_dropout
 def probe_model(model, run, count, device):
     """What linear probes read of sin(b x_{n-i}), held out and centred.
 
     -> R^2 [layer][lookback]; then for layer 1 and the position's own x: x (rows,), estimate
     (rows,)."""
-    x, _ = sample_task(run, count // 2, EVALUATION + 2, device)
-    states, past = probe_rows(model, x)
-    truth = torch.sin(run.b * past)  # (rows, K)
+    read = fit_probes(model, run, count // 2, device)
+    states, past, truth = probe_rows(model, run, count // 2, EVALUATION + 2, device)
+    estimates = read(states)  # (L + 1, rows, K)
     variance = (truth - truth.mean(0)).square().sum(0)  # (K,)
-    r2, estimates = [], []
-    for X, read in zip(states, fit_probes(model, run, count // 2, device)):
-        estimates.append(read(X))
-        r2.append((1 - (truth - estimates[-1]).square().sum(0) / variance).tolist())
-    return r2, past[:, 0].numpy(), estimates[1][:, 0].numpy()
+    r2 = 1 - (truth - estimates).square().sum(1) / variance  # (L + 1, K)
+    return r2.tolist(), past[:, 0].numpy(), estimates[1, :, 0].numpy()
 
 
 @torch.no_grad()
@@ -399,11 +392,11 @@ def plot_sequence(path, runs):
     for of_arm in kept:
         colour, _, marker = mg.LOOKS[of_arm.arm]
         model = mg.load_weights(make_model(of_arm), of_arm)
-        _, read, *_ = fit_probes(model, run, 512, "cpu")
+        read = fit_probes(model, run, 512, "cpu")
         with torch.no_grad():
-            state = model.hidden_states(x)[1][0].double()  # (T, C)
+            states = torch.cat(model.hidden_states(x)).double()  # (L + 1, T, C)
             answer, _ = model(x)  # (1, T)
-        top.plot(n, read(state)[n, 0], marker, color=colour, label=f"read in {of_arm.arm}")
+        top.plot(n, read(states)[1, n, 0], marker, color=colour, label=f"read in {of_arm.arm}")
         low.plot(n, answer[0, n], marker, color=colour, label=of_arm.arm)
 
     # shade the largest answer and the sines that it adds up
