@@ -1106,7 +1106,8 @@ def train_run(train_one, args, run, report_progress):
 
     # the record's presence means done, so it comes last
     path = args.out_dir / "runs" / f"{run.name()}.npz"
-    path.unlink(missing_ok=True)  # an earlier training's
+    for file in (path.with_suffix(".json"), path):  # an earlier training's
+        file.unlink(missing_ok=True)
     if run.seed == args.kept_seed:
         for name, weight in model.state_dict().items():
             arrays[f"weights.{name}"] = weight.half().cpu().numpy()
