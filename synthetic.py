@@ -472,9 +472,11 @@ def plot_film(path, runs):
         (so_far,) = low.plot([], [], color=colour)
         now = low.axvline(0, color="#999999", linewidth=0.8)
         curve = np.transpose(run.curve)  # (2, points): steps, losses
-        moving.append((mg.read_arrays(run)["film"], curve, sine, read, so_far, now))
+        arrays = mg.read_arrays(run)
+        mg.require("film_steps" in arrays, "its frames were kept by other code")
+        moving.append((arrays["film"], curve, sine, read, so_far, now))
     title = fig.text(0.5, 0.99, "", ha="center", va="top")
-    grid, steps = np.linspace(-2.5, 2.5, 400), mg.read_arrays(kept[0])["film_steps"]
+    grid, steps = np.linspace(-2.5, 2.5, 400), arrays["film_steps"]  # the same in both arms
 
     def frame(n):
         step = steps[n]

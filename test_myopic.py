@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence  # matplotlib brings it
 from torch.utils.checkpoint import checkpoint
 
 import myopic_gpt as mg
@@ -283,7 +283,12 @@ def test_training_is_torchs(monkeypatch, muon, clip):
     of_muon, embeddings, others = [], [], []  # norms and biases, which do not decay
     for name, p in theirs.named_parameters():
         is_muons = dict(all=".h." in name, attn=".attn." in name, none=False)[muon]
-        (others if p.dim() == 1 else of_muon if is_muons else embeddings).append(p)
+        if p.dim() == 1:
+            others.append(p)
+        elif is_muons:
+            of_muon.append(p)
+        else:
+            embeddings.append(p)
     groups = [dict(params=embeddings, weight_decay=0.5), dict(params=others, weight_decay=0)]
     adamw = torch.optim.AdamW(groups, betas=(0.7, 0.8))
     of_muon = [dict(params=of_muon)]
