@@ -463,7 +463,7 @@ def token_losses(model, windows, count):
     """In nats, of `count` evenly spaced windows (n, T + 1) -> losses, y: (count, T)."""
     spaced = torch.linspace(0, len(windows) - 1, count, dtype=torch.float64).long()
     chosen = windows[spaced.to(windows.device)].long()  # (count, T + 1)
-    at_once = max(1, 2**14 // windows.size(1))
+    at_once = max(1, 2**12 // windows.size(1))  # states that stay in a CPU's cache
     losses = []
     for part in chosen.split(at_once):
         state = model.hidden_states(part[:, :-1])[-1]  # (B, T, C)
@@ -698,7 +698,7 @@ def train_text(text, run, device, report_progress):
 
     def after_step(done):
         if done % max(1, run.max_iters // 10) == 0 or done == run.max_iters:
-            train_losses, _ = token_losses(model, windows, run.eval_windows)
+            train_losses, _ = token_losses(model, windows, min(64, run.eval_windows))
             val_losses, _ = token_losses(model, held_out, run.eval_windows)
             curve.append([done, train_losses.mean().item(), val_losses.mean().item()])
 
