@@ -126,7 +126,7 @@ def curriculum(run, step):
     """The task of a training step: its b, its p, and the standard deviation of its x.
 
     At first b = b_start and every answer asks for the sines, so that attention finds its window.
-    Then b rises in a straight line until b_full, and p falls, as run.p ** (0 to 1), until p_until.
+    Then b moves in a straight line until b_full, and p falls, as run.p ** (0 to 1), until p_until.
     x is drawn wider until x_until, so that the rare large |x| are learned before attention has
     learned to avoid them."""
     done = step / run.max_iters
@@ -238,15 +238,20 @@ def patch(model, run, count, device):
 
     -> slope of the answer's move on that, for i = 0 .. K - 1."""
     x, _ = sample_task(run, count, EVALUATION + 3, device)
-    K, rows = lookbacks(run.block_size), torch.arange(count, device=device)
+    K = lookbacks(run.block_size)
     generator = torch.Generator().manual_seed(EVALUATION + 4)
     n = torch.randint(run.block_size - K, (count,), generator=generator).to(device)
     other = x.clone()
+    rows = torch.arange(count, device=device)
     other[rows, n, 0] = torch.randn(count, generator=generator).to(device)
-    state = model.hidden_states(x)[1]  # (B, T, C)
-    patched = state.clone()
-    patched[rows, n] = model.hidden_states(other)[1][rows, n]
-    move = model.answer(patched, 1) - model.answer(state, 1)  # (B, T)
+    moves = []
+    for part in rows.split(128):
+        at = torch.arange(len(part), device=device), n[part]
+        state = model.hidden_states(x[part])[1]  # (128, T, C)
+        patched = state.clone()
+        patched[at] = model.hidden_states(other[part])[1][at]
+        moves.append(model.answer(patched, 1) - model.answer(state, 1))
+    move = torch.cat(moves)  # (B, T)
     due = torch.sin(run.b * other[rows, n, 0]) - torch.sin(run.b * x[rows, n, 0])  # (B,)
     slopes = []
     for i in range(K):
@@ -273,7 +278,8 @@ def train_sine(run, device, report_progress):
     model = make_model(run).to(device)
     x, y = sample_task(run, run.eval_sequences, EVALUATION, device)
     batches = torch.Generator().manual_seed(TRAINING + run.seed)
-    r2_untrained, _, _ = probe_model(model, run, len(x), device)
+    probed = min(2048, len(x))  # sequences; a regression on more takes gigabytes
+    r2_untrained, _, _ = probe_model(model, run, probed, device)
     curve, film, film_steps, lag_share = [], [], [], {}
 
     def next_batch(step):  # the same in every arm
@@ -300,7 +306,7 @@ def train_sine(run, device, report_progress):
     mg.require(np.isfinite(curve).all(), f"{run.arm}: a loss is not finite: lower --learning_rate")
     if run.arm == "vanilla":
         lag_share["end"] = mg.lag_shares(model, x[:128], y[:128])
-    r2, _, _ = probe_model(model, run, len(x), device)
+    r2, _, _ = probe_model(model, run, probed, device)
     numbers = huber_losses(model, x, y, run.p) | dict(
         probe_r2=r2,
         probe_r2_untrained=r2_untrained,
@@ -339,7 +345,7 @@ def plot_evidence(path, runs):
     begin, end = run.b_hold * run.max_iters, run.b_full * run.max_iters
     left.axvspan(begin, end, color="#eeeeee", zorder=0)
     where = dict(transform=left.get_xaxis_transform(), ha="center", fontsize=8)
-    left.text((begin + end) / 2, 0.8, f"b rises from {run.b_start:g} to {run.b:g}", **where)
+    left.text((begin + end) / 2, 0.8, f"b from {run.b_start:g} to {run.b:g}", **where)
     for arm, group in mg.group_by(runs, "arm").items():
         curves = np.array([run.curve for run in group])  # (seeds, points, 2)
         mg.draw_arm(left, arm, curves[0, :, 0], curves[:, :, 1])
@@ -356,7 +362,7 @@ def plot_evidence(path, runs):
         right.plot([n] * len(r2), r2, "k.", markersize=4)  # the seeds
     right.set_xticks(range(len(bars)), list(bars))
     right.set(ylabel="R² of the probe", ylim=(-0.02, 1))
-    right.set_title(f"sin({run.b:g}·x) in layer 1, where no answer needs it", fontsize=10)
+    right.set_title(f"sin({run.b:g}·x_n) in layer 1 at n, of no use to answer n", fontsize=10)
     mg.save_figure(path, fig, f"{about(runs)}\nloss: of the task that training is at")
 
 
@@ -437,9 +443,10 @@ def plot_gradients(path, runs):
     edge = dict(xytext=(0.25, 0.9), textcoords="axes fraction", fontsize=8)
     arrow = dict(arrowstyle="->")
     axes[0].annotate(f"last to need it: {run.a} later", (j, j + run.a), arrowprops=arrow, **edge)
-    fig.colorbar(image, ax=axes, label="gradient of loss i by the state at j").minorticks_off()
-    fig.suptitle("Which losses pull at the state of position j: all later ones, its own")
-    caption = f"white: exactly zero; vanilla's weights; p = {run.p:g}, a = {run.a}, seed {run.seed}"
+    fig.colorbar(image, ax=axes, label="gradient, largest = 1").minorticks_off()
+    fig.suptitle("Which losses pull at j's state? Left: its own and later ones; right: its own")
+    task = f"p = {run.p:g}, a = {run.a}, seed {run.seed}"
+    caption = f"state: the embedding; white: exactly zero; vanilla's weights in both; {task}"
     mg.save_figure(path, fig, caption)
 
 
