@@ -497,7 +497,7 @@ class Run:
     beta1: float = setting(0.9, "AdamW's", most=0.9999)
     beta2: float = setting(0.95, "AdamW's", most=0.9999)
     weight_decay: float = setting(0.1, "AdamW's, of matrices and embeddings")
-    muon: str = setting("all", "the matrices it takes", choices=["all", "attn", "none"])
+    muon: str = setting("all", "blocks' matrices: all, attn, none", choices=["all", "attn", "none"])
     muon_rate: float = setting(8e-3, "Muon's peak")
     muon_decay: float = setting(0.1, "Muon's weight decay")
     warmup: float = setting(0.05, "share of the steps in which the rates rise", most=1)
@@ -560,7 +560,7 @@ class Muon(torch.optim.Optimizer):
 
     The factor gives U the root mean square of AdamW's steps, about 0.2. Sources: Jordan et al.
     (2024); for the factor Liu et al. (2025), arXiv 2502.16982. torch.optim.Muon is the same, but
-    in bfloat16, which many CPUs only emulate: with AVX2 English would take three times as long."""
+    in bfloat16, which many CPUs only emulate: with AVX2 alone English takes three times as long."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
@@ -710,7 +710,8 @@ def train_text(text, run, device, report_progress):
 
     def after_step(done):
         if done % max(1, run.max_iters // 10) == 0 or done == run.max_iters:
-            train_losses, _ = token_losses(model, windows, min(64, run.eval_windows))
+            few_windows = min(64, run.eval_windows)  # enough for what no table shows
+            train_losses, _ = token_losses(model, windows, few_windows)
             val_losses, _ = token_losses(model, held_out, run.eval_windows)
             curve.append([done, train_losses.mean().item(), val_losses.mean().item()])
 
@@ -878,7 +879,7 @@ def save_figure(path, fig, caption):
 @one_thread()
 @matplotlib.style.context("default")  # a user's own settings, such as text.usetex, have no say
 def draw(plot, path, *data):
-    """plot(path, *data), or say why not: an old figure does not stay as if it were new."""
+    """plot(path, *data), or say why not and delete an old figure, which would pass for new."""
     try:
         plot(path, *data)
         print(f"figure {path}")

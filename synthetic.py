@@ -80,7 +80,7 @@ class SineRun(mg.Run):
     p_until: float = mg.setting(0.9, "share of the steps after which p is reached", most=1)
     embd_std: float = mg.setting(0.1, "of the embedding at the start")
     wave_std: float = mg.setting(0.1, "of positions at the start, as waves")
-    eval_sequences: int = mg.setting(2048, "sequences that are evaluated", least=64)
+    eval_sequences: int = mg.setting(2048, "sequences evaluated (probe: 2048 at most)", least=64)
 
     def __post_init__(self):
         super().__post_init__()
@@ -245,9 +245,9 @@ def patch(model, run, count, device):
     rows = torch.arange(count, device=device)
     other[rows, n, 0] = torch.randn(count, generator=generator).to(device)
     moves = []
-    for part in rows.split(128):
-        at = torch.arange(len(part), device=device), n[part]
-        state = model.hidden_states(x[part])[1]  # (128, T, C)
+    for part in rows.split(128):  # all at once take gigabytes
+        at = rows[: len(part)], n[part]
+        state = model.hidden_states(x[part])[1]  # (128 or fewer, T, C)
         patched = state.clone()
         patched[at] = model.hidden_states(other[part])[1][at]
         moves.append(model.answer(patched, 1) - model.answer(state, 1))
@@ -444,9 +444,8 @@ def plot_gradients(path, runs):
     arrow = dict(arrowstyle="->")
     axes[0].annotate(f"last to need it: {run.a} later", (j, j + run.a), arrowprops=arrow, **edge)
     fig.colorbar(image, ax=axes, label="gradient, largest = 1").minorticks_off()
-    fig.suptitle("Which losses pull at j's state? Left: its own and later ones; right: its own")
-    task = f"p = {run.p:g}, a = {run.a}, seed {run.seed}"
-    caption = f"state: the embedding; white: exactly zero; vanilla's weights in both; {task}"
+    fig.suptitle("Which losses pull at the state of j, its embedding?")
+    caption = f"vanilla's weights in both; white: exactly zero; p = {run.p:g}, seed {run.seed}"
     mg.save_figure(path, fig, caption)
 
 

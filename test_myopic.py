@@ -325,10 +325,12 @@ def test_numbers_are_of_the_right_text_and_seed(monkeypatch):
     text = b"d" * 40, "ßà".encode() + bytes(range(36))
     settings = dict(seed=3, block_size=3, n_layer=1, n_embd=12, max_iters=20, dropout=0.5)
     run = mg.TextRun(**settings, eval_windows=5000)
+    monkeypatch.setattr(mg, "token_losses", Mock(wraps=mg.token_losses))
     model, numbers, arrays = mg.train_text(text, run, "cpu", Mock())
+    assert {c.args[2] for c in mg.token_losses.call_args_list} == {64, 5000}  # windows
     assert torch.randint.call_args.kwargs["generator"].initial_seed() == 3  # of the batches
     held_out = torch.tensor(list(text[1])).unfold(0, 4, 1)  # (37, T + 1)
-    spaced = held_out[torch.linspace(0, 36, 5000, dtype=torch.float64).long()]  # in two parts
+    spaced = held_out[torch.linspace(0, 36, 5000, dtype=torch.float64).long()]  # in parts
     y = spaced[:, 1:]
     true = F.cross_entropy(model(spaced[:, :-1])[0].mT, y, reduction="none").detach()  # (5000, T)
     assert np.allclose(arrays["losses"], true[:64]) and np.array_equal(arrays["y"], y[:64])
@@ -505,6 +507,8 @@ def test_a_killed_worker_is_one_line_a_bug_a_traceback(folder, monkeypatch):
         for worker in mg.multiprocessing.active_children():
             worker.kill()
 
+    pipe = Mock(recv=Mock(side_effect=ConnectionResetError))  # a killed parent is no error
+    mg.work(None, None, pipe)
     monkeypatch.setattr(mg.tqdm, "update", kill)
     with pytest.raises(SystemExit, match="smaller --jobs"):
         call("--arm vanilla myopic --max_iters 40 --jobs 2")
@@ -650,7 +654,7 @@ def test_probe_and_patch_find_what_a_known_model_holds():
 
 def test_sines_are_of_the_right_draws(monkeypatch):
     monkeypatch.setattr(synthetic, "sample_batch", Mock(wraps=synthetic.sample_batch))
-    settings = dict(p=0.5, seed=7, eval_sequences=64, x_wide=1.5, dropout=0.5)
+    settings = dict(p=0.5, seed=7, eval_sequences=2100, x_wide=1.5, dropout=0.5)
     run = replace(SINES, max_iters=10, **settings)
     model, numbers, arrays = synthetic.train_sine(run, "cpu", Mock())
     drawn = set()  # seed, b, p, and in training the standard deviation of x
@@ -667,13 +671,16 @@ def test_sines_are_of_the_right_draws(monkeypatch):
         wanted |= {(seed, b, p) for b, p, _ in lessons[::2]}
     assert drawn == wanted
     assert arrays["film_steps"].tolist() == [0, 2, 4, 6, 8, 10]
-    assert numbers["curve"][-1] == [10, numbers["ratio"]]
-    assert numbers["probe_r2"] == synthetic.probe_model(model, run, 64, "cpu")[0]
+    part = synthetic.sample_task(run, 512, synthetic.EVALUATION)
+    assert numbers["curve"][-1] == [10, synthetic.huber_losses(model, *part, 0.5)["ratio"]]
+    untrained = synthetic.make_model(run)
+    for name, probed in (("probe_r2", model), ("probe_r2_untrained", untrained)):
+        assert numbers[name] == synthetic.probe_model(probed, run, 2048, "cpu")[0]
     _, x, estimate = synthetic.probe_model(model, run, 256, "cpu")
     assert np.allclose(arrays["film"][-1], [x[:300], estimate[:300]], atol=1e-5)
-    x, y = synthetic.sample_task(run, 64, synthetic.EVALUATION)
-    for when, measured in (("start", synthetic.make_model(run)), ("end", model)):
-        assert numbers["lag_share"][when] == mg.lag_shares(measured, x, y)
+    x, y = synthetic.sample_task(run, 2100, synthetic.EVALUATION)
+    for when, measured in (("start", untrained), ("end", model)):
+        assert numbers["lag_share"][when] == mg.lag_shares(measured, x[:128], y[:128])
     loss = model.position_losses(model.hidden_states(x)[-1], y).mean().item()
     assert loss / run.p == pytest.approx(numbers["huber_over_p"], rel=1e-4)
 

@@ -41,24 +41,17 @@ seconds = time.perf_counter() - start
 new = set(sys.modules) - before
 print("sympy" in new, "torch._dynamo" in new, len(new), f"{{seconds:.2f}}")
 """
-calls = {
-    "a scalar's backward()": "y.sum().backward()",
-    "backward(G)": "y.backward(G)",
-    "autograd.grad(y, x, G)": "torch.autograd.grad(y, x, G)",
-    "backward() of (y * G).sum()": "(y * G).sum().backward()",
-    "SGD([x])": "torch.optim.SGD([x], lr=0.1)",
-    "a step by hand": "y.sum().backward()\nwith torch.no_grad(): x -= 0.1 * x.grad",
-}
-seen = {}
-for name, call in calls.items():
+calls = [
+    ("a scalar's backward()", "y.sum().backward()", "False False"),
+    ("backward(G)", "y.backward(G)", "True False"),
+    ("autograd.grad(y, x, G)", "torch.autograd.grad(y, x, G)", "True False"),
+    ("backward() of (y * G).sum()", "(y * G).sum().backward()", "False False"),
+    ("SGD([x])", "torch.optim.SGD([x], lr=0.1)", "True True"),
+    ("a step by hand", "y.sum().backward()\nwith torch.no_grad(): x -= 0.1 * x.grad", "False False"),
+]
+for name, call, loads in calls:
     done = subprocess.run([sys.executable, "-c", first.format(call=call)], capture_output=True, text=True, check=True)
     sympy, dynamo, count, seconds = done.stdout.split()
-    seen[name] = sympy == "True", dynamo == "True", int(count)
     print(f"{name:28s} SymPy {sympy:6s} TorchDynamo {dynamo:6s} {int(count):5d} modules, {seconds} s")
-
-for name in ("a scalar's backward()", "backward() of (y * G).sum()", "a step by hand"):
-    assert not any(seen[name][:2]), name
-for name in ("backward(G)", "autograd.grad(y, x, G)"):
-    assert seen[name][:2] == (True, False) and seen[name][2] > 200, name
-assert seen["SGD([x])"][:2] == (True, True) and seen["SGD([x])"][2] > 700
+    assert f"{sympy} {dynamo}" == loads, name
 PY
